@@ -1,0 +1,1 @@
+"""The vLLM plugin: the KV connector of one engine and its link to routers."""

@@ -1,0 +1,1 @@
+"""The router process: OpenAI front door, membership, prefix index, picker."""

@@ -1,0 +1,21 @@
+"""The types of the ids and roles that cross module boundaries. Values only; no behaviour."""
+
+from typing import Literal, NewType
+
+EngineId = NewType("EngineId", str)
+"""Names one engine for as long as its operator keeps it; survives restarts."""
+
+Epoch = NewType("Epoch", int)
+"""Names one life of an engine (63 random bits, drawn at start). A message from another life is refused."""
+
+OrderId = NewType("OrderId", str)
+"""Names one remote prefill order, unique across the fleet."""
+
+RequestId = NewType("RequestId", str)
+"""vLLM's id of a request inside one engine."""
+
+BlockName = NewType("BlockName", int)
+"""64-bit chain hash of a full KV block: its tokens, everything before it, and its salt."""
+
+Role = Literal["prefill", "decode", "both"]
+"""What the router may use an engine for. Every engine can serve an order whatever its role."""

@@ -1,0 +1,1 @@
+"""Shipped fakes: what our own tests use, and what a user of this package may test against."""

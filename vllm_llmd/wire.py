@@ -1,0 +1,308 @@
+"""Every message that crosses a process boundary over ZeroMQ, and the one codec for them.
+
+A frame is two bytes (major, minor version) followed by one msgpack array: tag, then fields in order.
+New fields go to the end with a default, so that an older reader ignores them and a newer one fills them in;
+a new meaning of an old field needs a new major version. Block names travel packed, 8 bytes each, little endian.
+"""
+
+import sys
+from array import array
+from collections.abc import Iterable
+from typing import Any, Final
+
+import msgspec
+
+from vllm_llmd.errors import MalformedMessageError, UnknownVersionError
+from vllm_llmd.names import BlockName, EngineId, Epoch, OrderId, Role
+
+MAJOR: Final = 1
+MINOR: Final = 0
+
+
+class Record(msgspec.Struct, array_like=True, frozen=True):
+    """A value inside messages."""
+
+
+class Message(msgspec.Struct, array_like=True, frozen=True, tag=True):
+    """A message; its class name is its tag."""
+
+
+# --- values ---------------------------------------------------------------------------------------------------
+
+
+class EngineInfo(Record):
+    """What an engine says of itself when it joins.
+
+    `http` is the base URL of its OpenAI API; `workers` are the ZeroMQ endpoints of its worker ranks, in rank order.
+    `fingerprint` is equal on two engines exactly when blocks of one are valid in the other.
+    """
+
+    id: EngineId
+    epoch: Epoch
+    role: Role
+    http: str
+    models: list[str]
+    block_size: int
+    num_blocks: int
+    max_model_len: int
+    fingerprint: str
+    workers: list[str]
+    labels: dict[str, str] = {}
+
+
+class Load(Record):
+    """How busy an engine is. Counts are of this instant; `step_ms` is a moving average of steps with compute."""
+
+    running: int = 0
+    waiting: int = 0
+    waiting_for_kv: int = 0
+    prefill_tokens: int = 0
+    free_blocks: int = 0
+    pinned_blocks: int = 0
+    step_ms: float = 0.0
+    orders_placed: int = 0
+    orders_served: int = 0
+
+
+# --- engine -> router -----------------------------------------------------------------------------------------
+
+
+class Hello(Message):
+    """Opens a link, and opens it again whenever the router asks or may have forgotten."""
+
+    engine: EngineInfo
+
+
+class Heartbeat(Message):
+    """Sent every `Welcome.heartbeat_ms`. `seq` is that of the latest BlocksChanged; `blocks` how many are held."""
+
+    engine: EngineId
+    epoch: Epoch
+    seq: int
+    blocks: int
+    load: Load
+
+
+class BlocksChanged(Message):
+    """Net change of the engine's prefix cache since `seq - 1`: clear if `cleared`, then remove, then store."""
+
+    engine: EngineId
+    epoch: Epoch
+    seq: int
+    cleared: bool
+    removed: bytes
+    stored: bytes
+
+
+class Snapshot(Message):
+    """Part `part` of `parts` of everything the engine holds as of `seq`."""
+
+    engine: EngineId
+    epoch: Epoch
+    seq: int
+    part: int
+    parts: int
+    names: bytes
+
+
+class RequestSeen(Message):
+    """The block names of a request's prompt (full blocks only), under the name the router gave the request."""
+
+    engine: EngineId
+    epoch: Epoch
+    request: str
+    prompt_tokens: int
+    names: bytes
+
+
+class Goodbye(Message):
+    """The engine leaves in good order."""
+
+    engine: EngineId
+    epoch: Epoch
+
+
+# --- router -> engine -----------------------------------------------------------------------------------------
+
+
+class Welcome(Message):
+    """Answers Hello. `router` names one life of the router: a new one means that everything must be told again."""
+
+    router: str
+    heartbeat_ms: int
+
+
+class SnapshotWanted(Message):
+    """Asks for a Snapshot; `reason` is for the log."""
+
+    epoch: Epoch
+    reason: str
+
+
+class HelloWanted(Message):
+    """The router does not know the sender (it restarted): say Hello again."""
+
+    router: str
+
+
+class Members(Message):
+    """Every engine of the fleet, the receiver included. Replaces the list before it."""
+
+    engines: list[EngineInfo]
+
+
+class Refused(Message):
+    """The receiver's message cannot be accepted; `reason` says why and what to do."""
+
+    reason: str
+
+
+# --- destination worker -> source worker ----------------------------------------------------------------------
+
+
+class Greet(Message):
+    """Opens a peer connection. The source forgets every order of an earlier epoch of this engine."""
+
+    engine: EngineId
+    epoch: Epoch
+    rank: int
+    fingerprint: str
+
+
+class Renew(Message):
+    """Asks to extend the lease of `order`. `n` counts renewals, from 1; the answer repeats it."""
+
+    order: OrderId
+    n: int
+
+
+class Ack(Message):
+    """The ranges `seqs` of `order` were read and accepted: the source may release their blocks."""
+
+    order: OrderId
+    seqs: list[int]
+
+
+class Done(Message):
+    """The destination wants nothing more of `order`, whether it has all of it or gave up."""
+
+    order: OrderId
+
+
+# --- source worker -> destination worker ----------------------------------------------------------------------
+
+
+class Regions(Record):
+    """Where a rank keeps its KV cache: layer `l` of block `b` is `block_bytes` at `bases[l] + b * strides[l]`."""
+
+    bases: list[int]
+    strides: list[int]
+    block_bytes: list[int]
+    num_blocks: int
+    device_id: int
+    memory: str
+
+
+class Greeting(Message):
+    """Answers Greet with what the destination needs to read from this rank. `agent` is NIXL metadata."""
+
+    engine: EngineId
+    epoch: Epoch
+    fingerprint: str
+    agent: bytes
+    regions: Regions
+
+
+class Announce(Message):
+    """Prompt blocks `first_block ...` of `order` are ready in the source's blocks `blocks`, and pinned.
+
+    `seq` counts the order's ranges from 0. `last` marks the range that completes the order.
+    `running` is true while the source has not finished the prefill.
+    """
+
+    order: OrderId
+    seq: int
+    first_block: int
+    blocks: list[int]
+    last: bool
+    running: bool
+
+
+class Renewed(Message):
+    """Answers Renew. `held` is false while the source has not announced anything for the order."""
+
+    order: OrderId
+    n: int
+    held: bool
+
+
+class Dropped(Message):
+    """The source will serve no more of `order`, and its unread ranges are no longer pinned."""
+
+    order: OrderId
+    reason: str
+
+
+LinkMessage = (
+    Hello | Heartbeat | BlocksChanged | Snapshot | RequestSeen | Goodbye
+    | Welcome | SnapshotWanted | HelloWanted | Members | Refused
+)  # fmt: skip
+PeerMessage = Greet | Renew | Ack | Done | Greeting | Announce | Renewed | Dropped | Refused
+
+_VERSION = bytes((MAJOR, MINOR))
+_encoder = msgspec.msgpack.Encoder()
+_link_decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(LinkMessage)
+_peer_decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(PeerMessage)
+
+
+def encode(message: Message) -> bytes:
+    """One message as one frame."""
+    return _VERSION + _encoder.encode(message)
+
+
+def decode_link(frame: bytes) -> LinkMessage:
+    """A frame between engine and router.
+
+    Raises UnknownVersionError for another major version and MalformedMessageError for anything else unusable.
+    """
+    message: LinkMessage = _decode(_link_decoder, frame)
+    return message
+
+
+def decode_peer(frame: bytes) -> PeerMessage:
+    """A frame between two engines' workers. Raises as `decode_link` does."""
+    message: PeerMessage = _decode(_peer_decoder, frame)
+    return message
+
+
+def _decode(decoder: msgspec.msgpack.Decoder[Any], frame: bytes) -> Any:
+    if len(frame) < 3:
+        raise MalformedMessageError(f"a frame needs at least 3 bytes; got {len(frame)}")
+    if frame[0] != MAJOR:
+        raise UnknownVersionError(
+            f"the sender speaks protocol {frame[0]}.{frame[1]}, this side {MAJOR}.{MINOR}: "
+            "run the same major version of vllm-llmd on every engine and router"
+        )
+    try:
+        return decoder.decode(memoryview(frame)[2:])
+    except msgspec.DecodeError as error:
+        raise MalformedMessageError(f"not a message of protocol {MAJOR}.{MINOR}: {error}") from error
+
+
+def pack_names(names: Iterable[BlockName]) -> bytes:
+    """Block names as they travel: 8 bytes each, little endian."""
+    packed = array("Q", names)
+    if sys.byteorder == "big":
+        packed.byteswap()
+    return packed.tobytes()
+
+
+def unpack_names(packed: bytes) -> list[BlockName]:
+    """The inverse of `pack_names`. Raises MalformedMessageError unless the length is a multiple of 8."""
+    if len(packed) % 8:
+        raise MalformedMessageError(f"packed block names need a multiple of 8 bytes; got {len(packed)}")
+    names = array("Q")
+    names.frombytes(packed)
+    if sys.byteorder == "big":
+        names.byteswap()
+    return names.tolist()  # type: ignore[return-value]
