@@ -30,7 +30,7 @@ class Message(msgspec.Struct, array_like=True, frozen=True, tag=True):
 # --- values ---------------------------------------------------------------------------------------------------
 
 
-class EngineInfo(Record):
+class EngineInfo(Record, frozen=True):
     """What an engine says of itself when it joins.
 
     `http` is the base URL of its OpenAI API; `workers` are the ZeroMQ endpoints of its worker ranks, in rank order.
@@ -50,7 +50,7 @@ class EngineInfo(Record):
     labels: dict[str, str] = {}
 
 
-class Load(Record):
+class Load(Record, frozen=True):
     """How busy an engine is. Counts are of this instant; `step_ms` is a moving average of steps with compute."""
 
     running: int = 0
@@ -67,13 +67,13 @@ class Load(Record):
 # --- engine -> router -----------------------------------------------------------------------------------------
 
 
-class Hello(Message):
+class Hello(Message, frozen=True):
     """Opens a link, and opens it again whenever the router asks or may have forgotten."""
 
     engine: EngineInfo
 
 
-class Heartbeat(Message):
+class Heartbeat(Message, frozen=True):
     """Sent every `Welcome.heartbeat_ms`. `seq` is that of the latest BlocksChanged; `blocks` how many are held."""
 
     engine: EngineId
@@ -83,7 +83,7 @@ class Heartbeat(Message):
     load: Load
 
 
-class BlocksChanged(Message):
+class BlocksChanged(Message, frozen=True):
     """Net change of the engine's prefix cache since `seq - 1`: clear if `cleared`, then remove, then store."""
 
     engine: EngineId
@@ -94,7 +94,7 @@ class BlocksChanged(Message):
     stored: bytes
 
 
-class Snapshot(Message):
+class Snapshot(Message, frozen=True):
     """Part `part` of `parts` of everything the engine holds as of `seq`."""
 
     engine: EngineId
@@ -105,7 +105,7 @@ class Snapshot(Message):
     names: bytes
 
 
-class RequestSeen(Message):
+class RequestSeen(Message, frozen=True):
     """The block names of a request's prompt (full blocks only), under the name the router gave the request."""
 
     engine: EngineId
@@ -115,7 +115,7 @@ class RequestSeen(Message):
     names: bytes
 
 
-class Goodbye(Message):
+class Goodbye(Message, frozen=True):
     """The engine leaves in good order."""
 
     engine: EngineId
@@ -125,33 +125,33 @@ class Goodbye(Message):
 # --- router -> engine -----------------------------------------------------------------------------------------
 
 
-class Welcome(Message):
+class Welcome(Message, frozen=True):
     """Answers Hello. `router` names one life of the router: a new one means that everything must be told again."""
 
     router: str
     heartbeat_ms: int
 
 
-class SnapshotWanted(Message):
+class SnapshotWanted(Message, frozen=True):
     """Asks for a Snapshot; `reason` is for the log."""
 
     epoch: Epoch
     reason: str
 
 
-class HelloWanted(Message):
+class HelloWanted(Message, frozen=True):
     """The router does not know the sender (it restarted): say Hello again."""
 
     router: str
 
 
-class Members(Message):
+class Members(Message, frozen=True):
     """Every engine of the fleet, the receiver included. Replaces the list before it."""
 
     engines: list[EngineInfo]
 
 
-class Refused(Message):
+class Refused(Message, frozen=True):
     """The receiver's message cannot be accepted; `reason` says why and what to do."""
 
     reason: str
@@ -160,7 +160,7 @@ class Refused(Message):
 # --- destination worker -> source worker ----------------------------------------------------------------------
 
 
-class Greet(Message):
+class Greet(Message, frozen=True):
     """Opens a peer connection. The source forgets every order of an earlier epoch of this engine."""
 
     engine: EngineId
@@ -169,21 +169,21 @@ class Greet(Message):
     fingerprint: str
 
 
-class Renew(Message):
+class Renew(Message, frozen=True):
     """Asks to extend the lease of `order`. `n` counts renewals, from 1; the answer repeats it."""
 
     order: OrderId
     n: int
 
 
-class Ack(Message):
+class Ack(Message, frozen=True):
     """The ranges `seqs` of `order` were read and accepted: the source may release their blocks."""
 
     order: OrderId
     seqs: list[int]
 
 
-class Done(Message):
+class Done(Message, frozen=True):
     """The destination wants nothing more of `order`, whether it has all of it or gave up."""
 
     order: OrderId
@@ -192,7 +192,7 @@ class Done(Message):
 # --- source worker -> destination worker ----------------------------------------------------------------------
 
 
-class Regions(Record):
+class Regions(Record, frozen=True):
     """Where a rank keeps its KV cache: layer `l` of block `b` is `block_bytes` at `bases[l] + b * strides[l]`."""
 
     bases: list[int]
@@ -203,7 +203,7 @@ class Regions(Record):
     memory: str
 
 
-class Greeting(Message):
+class Greeting(Message, frozen=True):
     """Answers Greet with what the destination needs to read from this rank. `agent` is NIXL metadata."""
 
     engine: EngineId
@@ -213,7 +213,7 @@ class Greeting(Message):
     regions: Regions
 
 
-class Announce(Message):
+class Announce(Message, frozen=True):
     """Prompt blocks `first_block ...` of `order` are ready in the source's blocks `blocks`, and pinned.
 
     `seq` counts the order's ranges from 0. `last` marks the range that completes the order.
@@ -228,7 +228,7 @@ class Announce(Message):
     running: bool
 
 
-class Renewed(Message):
+class Renewed(Message, frozen=True):
     """Answers Renew. `held` is false while the source has not announced anything for the order."""
 
     order: OrderId
@@ -236,7 +236,7 @@ class Renewed(Message):
     held: bool
 
 
-class Dropped(Message):
+class Dropped(Message, frozen=True):
     """The source will serve no more of `order`, and its unread ranges are no longer pinned."""
 
     order: OrderId
