@@ -1,0 +1,76 @@
+"""What an operator asks a router: health, metrics, the state of the fleet. Reads only."""
+
+import hmac
+from collections.abc import Awaitable, Callable
+
+from aiohttp import web
+
+from vllm_llmd.names import EngineId
+from vllm_llmd.router import observe, replies
+from vllm_llmd.router.fleet import Fleet
+from vllm_llmd.router.front import Handler
+from vllm_llmd.router.membership import Engine
+from vllm_llmd.router.observe import Metrics
+
+GUARDED = ("/v1/", "/admin/")
+
+
+class Admin:
+    """Handlers for `/health`, `/metrics` and `/admin`."""
+
+    def __init__(self, fleet: Fleet, metrics: Metrics) -> None:
+        self._fleet = fleet
+        self._metrics = metrics
+
+    def add_routes(self, app: web.Application) -> None:
+        app.router.add_get("/health", self._health)
+        app.router.add_get("/metrics", self._exposition)
+        app.router.add_get("/admin/engines", self._engines)
+        app.router.add_get("/admin/index/{engine}", self._index)
+
+    async def _health(self, _: web.Request) -> web.Response:
+        ready = len(self._fleet.membership.ready())
+        if not ready:
+            return replies.error(503, "No engine is ready.", "no_engine_ready")
+        return web.json_response({"status": "ok", "ready": ready})
+
+    async def _exposition(self, _: web.Request) -> web.Response:
+        return web.Response(body=self._metrics.exposition(), headers={"Content-Type": observe.CONTENT_TYPE})
+
+    async def _engines(self, _: web.Request) -> web.Response:
+        return web.json_response({"engines": [self._shown(engine) for engine in self._fleet.membership.all()]})
+
+    async def _index(self, http: web.Request) -> web.Response:
+        engine = EngineId(http.match_info["engine"])
+        cursor = self._fleet.cursor(engine)
+        if cursor is None:
+            return replies.error(404, f"There is no engine {engine}.", "engine_not_found")
+        names = sorted(self._fleet.index.held(engine))
+        return web.json_response({"seq": cursor.seq, "exact": cursor.exact, "names": [str(name) for name in names]})
+
+    def _shown(self, engine: Engine) -> dict[str, object]:
+        info, load = engine.info, engine.load
+        return {
+            "id": info.id,
+            "role": info.role,
+            "state": engine.state.value,
+            "epoch": info.epoch,
+            "http": info.http,
+            "models": info.models,
+            "load": {name: getattr(load, name) for name in load.__struct_fields__},
+            "blocks_indexed": self._fleet.index.size(info.id),
+        }
+
+
+def bearer_guard(api_key: str) -> Callable[[web.Request, Handler], Awaitable[web.StreamResponse]]:
+    """A middleware that lets only clients with the key past, except to health and metrics."""
+    expected = f"Bearer {api_key}".encode()
+
+    @web.middleware
+    async def guard(http: web.Request, handler: Handler) -> web.StreamResponse:
+        given = http.headers.get("Authorization", "").encode()
+        if http.path.startswith(GUARDED) and not hmac.compare_digest(given, expected):
+            return replies.error(401, "Send the router's API key as a bearer token.", "invalid_api_key")
+        return await handler(http)
+
+    return guard

@@ -1,0 +1,113 @@
+"""Follows one life of one engine through its stream of block changes, and asks for a snapshot when it lost track.
+
+Pure. The contract: whatever is dropped, doubled or reordered, once a snapshot and what follows it have come
+through, the changes returned here make the index equal to what the engine holds.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+from vllm_llmd.names import BlockName
+from vllm_llmd.wire import BlocksChanged, Heartbeat, Snapshot, unpack_names
+
+CHANGES_KEPT: Final = 10_000
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What to do to the index, in this order, and why to ask for a snapshot (None: no need)."""
+
+    replace: Sequence[BlockName] | None = None
+    changes: tuple[BlocksChanged, ...] = ()
+    snapshot_wanted: str | None = None
+
+
+@dataclass
+class _Parts:
+    """A snapshot on its way in."""
+
+    seq: int
+    parts: int
+    names: dict[int, list[BlockName]] = field(default_factory=dict)
+
+
+class Cursor:
+    """`exact` from a full snapshot on until something is missed; `seq` is the last change taken in."""
+
+    def __init__(self, retry_ms: float) -> None:
+        self._retry_ms = retry_ms
+        self._asked_ms: float | None = None
+        self._later: dict[int, BlocksChanged] = {}
+        self._parts: _Parts | None = None
+        self.seq = 0
+        self.exact = False
+
+    def lose(self, reason: str, now_ms: float) -> Outcome:
+        """Stops believing the index and asks for a snapshot."""
+        self.exact = False
+        self._parts = None
+        self._asked_ms = now_ms
+        return Outcome(snapshot_wanted=reason)
+
+    def on_changed(self, changed: BlocksChanged, now_ms: float) -> Outcome:
+        if not self.exact:
+            self._keep(changed)
+            return self.tick(now_ms)
+        if changed.seq <= self.seq:
+            return Outcome()
+        if changed.seq == self.seq + 1:
+            self.seq = changed.seq
+            return Outcome(changes=(changed,))
+        self._keep(changed)
+        return self.lose("gap", now_ms)
+
+    def on_heartbeat(self, heartbeat: Heartbeat, held: int, now_ms: float) -> Outcome:
+        """`held` is how many blocks the index has for the engine."""
+        if not self.exact:
+            return self.tick(now_ms)
+        if heartbeat.seq > self.seq:
+            return self.lose("lost tail", now_ms)
+        if heartbeat.seq == self.seq and heartbeat.blocks != held:
+            return self.lose("drift", now_ms)
+        return Outcome()
+
+    def on_snapshot(self, snapshot: Snapshot, now_ms: float) -> Outcome:
+        """Raises MalformedMessageError if the names are not whole."""
+        if self.exact or snapshot.seq < self.seq or not 0 <= snapshot.part < snapshot.parts:
+            return Outcome()
+        if self._parts is None or self._parts.seq < snapshot.seq or self._parts.parts != snapshot.parts:
+            self._parts = _Parts(snapshot.seq, snapshot.parts)
+        elif self._parts.seq > snapshot.seq:
+            return Outcome()
+        self._parts.names[snapshot.part] = unpack_names(snapshot.names)
+        if len(self._parts.names) < self._parts.parts:
+            return Outcome()
+        return self._complete(self._parts, now_ms)
+
+    def tick(self, now_ms: float) -> Outcome:
+        """Asks again if the snapshot asked for does not come."""
+        if self.exact or (self._asked_ms is not None and now_ms - self._asked_ms < self._retry_ms):
+            return Outcome()
+        return self.lose("no snapshot yet", now_ms)
+
+    def _complete(self, parts: _Parts, now_ms: float) -> Outcome:
+        names = [name for part in range(parts.parts) for name in parts.names[part]]
+        self.seq = parts.seq
+        changes = []
+        while (following := self._later.get(self.seq + 1)) is not None:
+            changes.append(following)
+            self.seq += 1
+        self._later = {seq: changed for seq, changed in self._later.items() if seq > self.seq}
+        if self._later:
+            self.lose("gap after snapshot", now_ms)
+            return Outcome(names, tuple(changes), "gap after snapshot")
+        self.exact = True
+        self._parts = None
+        return Outcome(names, tuple(changes))
+
+    def _keep(self, changed: BlocksChanged) -> None:
+        if changed.seq > self.seq:
+            self._later[changed.seq] = changed
+        while len(self._later) > CHANGES_KEPT:
+            del self._later[min(self._later)]

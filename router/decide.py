@@ -1,0 +1,48 @@
+"""HOT PATH: one request and the engines that could serve it -> where to decode and who supplies the KV. Pure."""
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from vllm_llmd.names import EngineId
+from vllm_llmd.router import costs, picker
+from vllm_llmd.router.picker import Candidate
+from vllm_llmd.router.request import Facts
+
+
+@dataclass(frozen=True)
+class Policy:
+    """`min_remote_tokens`: with fewer uncached prompt tokens, the destination prefills by itself."""
+
+    min_remote_tokens: int
+    rng: random.Random
+
+
+@dataclass(frozen=True)
+class Decision:
+    """`predicted_blocks` of the prompt are cached at `destination`. `terms` are its costs in milliseconds."""
+
+    destination: EngineId
+    source: EngineId | None
+    predicted_blocks: int
+    uncached_tokens: int
+    terms: Mapping[str, float]
+
+
+def decide(facts: Facts, candidates: Sequence[Candidate], policy: Policy) -> Decision | None:
+    """Where the request goes; None if there is no candidate."""
+    destination = picker.best(picker.destinations(candidates), policy.rng)
+    if destination is None:
+        return None
+    uncached_tokens = max(facts.prompt_tokens - destination.prefix_blocks * destination.block_size, 0)
+    source = None
+    if uncached_tokens >= policy.min_remote_tokens:
+        source = picker.best(picker.sources(candidates, destination), policy.rng)
+    terms = {"queue_ms": destination.queue_ms, "prefill_ms": costs.prefill_ms(uncached_tokens)}
+    return Decision(
+        destination=destination.engine,
+        source=None if source is None else source.engine,
+        predicted_blocks=destination.prefix_blocks,
+        uncached_tokens=uncached_tokens,
+        terms=terms,
+    )

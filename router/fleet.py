@@ -1,0 +1,216 @@
+"""All that the router knows of its engines, fed by their messages and asked by requests. Pure: it sends nothing.
+
+Every call that may owe somebody a message returns what to send to whom.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from vllm_llmd import wire
+from vllm_llmd.clock import Clock
+from vllm_llmd.errors import MalformedMessageError
+from vllm_llmd.kernels.hash_chain import chain_names
+from vllm_llmd.names import BlockName, EngineId
+from vllm_llmd.router import costs, text_index
+from vllm_llmd.router.cursor import Cursor, Outcome
+from vllm_llmd.router.decide import Decision
+from vllm_llmd.router.membership import Engine, Membership, Placed, State
+from vllm_llmd.router.picker import Candidate
+from vllm_llmd.router.prefix_index import PrefixIndex
+from vllm_llmd.router.request import Facts
+from vllm_llmd.router.settings import RouterSettings
+from vllm_llmd.router.text_index import Chunks, TextIndex
+
+Sender = bytes
+"""The ZeroMQ routing id of a connection."""
+
+FromEngine = (
+    wire.Hello | wire.Heartbeat | wire.BlocksChanged | wire.Snapshot | wire.RequestSeen | wire.Goodbye
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Reply:
+    to: Sender
+    message: wire.Message
+
+
+class Fleet:
+    """Membership, the exact index and the text index, kept in step. `life` names this life of the router."""
+
+    def __init__(self, settings: RouterSettings, clock: Clock, life: str) -> None:
+        self._settings = settings
+        self._clock = clock
+        self._life = life
+        self._senders: dict[EngineId, Sender] = {}
+        self._cursors: dict[EngineId, Cursor] = {}
+        self.membership = Membership(settings.stale_after_ms, settings.gone_after_ms)
+        self.index = PrefixIndex()
+        self.texts = TextIndex(settings.text_chunks)
+
+    # --- messages -----------------------------------------------------------------------------------------------
+
+    def on_message(self, sender: Sender, message: wire.LinkMessage) -> list[Reply]:
+        """Takes one message in. Raises MalformedMessageError for one that no engine may send."""
+        if not isinstance(message, FromEngine):
+            raise MalformedMessageError(f"{type(message).__name__} is for engines, not for routers")
+        if isinstance(message, wire.Hello):
+            return self._on_hello(sender, message)
+        standing = self.membership.standing(message.engine, message.epoch)
+        if standing == "former":
+            return [Reply(sender, _refuse_former(message.engine))]
+        if standing == "unknown":
+            return [] if isinstance(message, wire.Goodbye) else [Reply(sender, wire.HelloWanted(self._life))]
+        return [*self._heard(message.engine), *self._on_current(message)]
+
+    def tick(self) -> list[Reply]:
+        """Ages everyone; asks again for what does not come."""
+        now_ms = self._clock.now_ms()
+        for engine in self.membership.tick(now_ms):
+            self._forget(engine)
+        return [
+            reply
+            for engine in self.membership.all()
+            if engine.state is not State.STALE
+            for reply in self._act(engine.info.id, self._cursors[engine.info.id].tick(now_ms))
+        ]
+
+    def members_to_publish(self) -> list[Reply]:
+        """The new list for every engine, if it changed since it was last asked for."""
+        if not self.membership.changed:
+            return []
+        self.membership.changed = False
+        members = wire.Members(self.membership.infos())
+        return [Reply(self._senders[engine.id], members) for engine in members.engines]
+
+    def _on_hello(self, sender: Sender, hello: wire.Hello) -> list[Reply]:
+        info, now_ms = hello.engine, self._clock.now_ms()
+        if info.block_size < 1:
+            return [Reply(sender, wire.Refused(f"block_size must be at least 1; got {info.block_size}"))]
+        if self.membership.standing(info.id, info.epoch) == "former":
+            return [Reply(sender, _refuse_former(info.id))]
+        self._senders[info.id] = sender
+        replies = [Reply(sender, wire.Welcome(self._life, self._settings.heartbeat_ms))]
+        if self.membership.join(info, now_ms):
+            self._cursors[info.id] = Cursor(self._settings.snapshot_retry_ms)
+            self.index.clear_engine(info.id)
+            return [*replies, *self._act(info.id, self._cursors[info.id].lose("joined", now_ms))]
+        return [*replies, Reply(sender, wire.Members(self.membership.infos())), *self._heard(info.id)]
+
+    def _heard(self, engine: EngineId) -> list[Reply]:
+        now_ms = self._clock.now_ms()
+        if not self.membership.heard(engine, now_ms):
+            return []
+        return self._act(engine, self._cursors[engine].lose("was silent", now_ms))
+
+    def _on_current(self, message: FromEngine) -> list[Reply]:
+        now_ms = self._clock.now_ms()
+        match message:
+            case wire.Heartbeat():
+                self.membership.reported(message.engine, message.load, now_ms)
+                held = self.index.size(message.engine)
+                return self._act(message.engine, self._cursors[message.engine].on_heartbeat(message, held, now_ms))
+            case wire.BlocksChanged():
+                if len(message.removed) % 8 or len(message.stored) % 8:
+                    raise MalformedMessageError("packed block names need a multiple of 8 bytes")
+                return self._act(message.engine, self._cursors[message.engine].on_changed(message, now_ms))
+            case wire.Snapshot():
+                return self._act(message.engine, self._cursors[message.engine].on_snapshot(message, now_ms))
+            case wire.RequestSeen():
+                engine = self.membership.get(message.engine)
+                if engine is not None:
+                    self.texts.learn(message.request, engine.info.block_size, wire.unpack_names(message.names))
+            case wire.Goodbye():
+                self.membership.left(message.engine)
+                self._forget(message.engine)
+        return []
+
+    def _act(self, engine: EngineId, outcome: Outcome) -> list[Reply]:
+        if outcome.replace is not None:
+            self.index.replace_engine(engine, outcome.replace)
+        for changed in outcome.changes:
+            if changed.cleared:
+                self.index.clear_engine(engine)
+            self.index.apply(engine, wire.unpack_names(changed.removed), wire.unpack_names(changed.stored))
+        known = self.membership.get(engine)
+        if outcome.snapshot_wanted is not None and known is not None:
+            return [Reply(self._senders[engine], wire.SnapshotWanted(known.info.epoch, outcome.snapshot_wanted))]
+        if self._cursors[engine].exact:
+            self.membership.index_exact(engine)
+        return []
+
+    def _forget(self, engine: EngineId) -> None:
+        self.index.clear_engine(engine)
+        del self._cursors[engine], self._senders[engine]
+
+    # --- requests -----------------------------------------------------------------------------------------------
+
+    def serves(self, model: str) -> bool:
+        """Whether any engine of the fleet, ready or not, has the model."""
+        return any(model in engine.info.models for engine in self.membership.all())
+
+    def cut(self, facts: Facts) -> Chunks:
+        """The request's text as the text index knows it."""
+        return text_index.cut(facts.seed, facts.text, self._settings.text_chunk_bytes)
+
+    def candidates(self, facts: Facts, chunks: Chunks, tried: Sequence[EngineId] = ()) -> list[Candidate]:
+        """Every ready engine that serves the model and was not tried yet, with what it has cached of the prompt."""
+        engines = [
+            engine
+            for engine in self.membership.ready()
+            if engine.info.id not in tried and (facts.model is None or facts.model in engine.info.models)
+        ]
+        chains = {shape: self._chain(facts, chunks, *shape) for shape in {_shape(engine, facts) for engine in engines}}
+        depths = {shape: self.index.match(chain) for shape, chain in chains.items()}
+        return [_candidate(engine, depths[_shape(engine, facts)].get(engine.info.id, 0)) for engine in engines]
+
+    def place(self, request: str, decision: Decision, chunks: Chunks) -> None:
+        """Counts a decision until the engines report it, and waits for the prompt's blocks to learn from."""
+        if chunks.hashes:
+            self.texts.forwarded(request, chunks)
+        now_ms = self._clock.now_ms()
+        for engine_id in {decision.destination, decision.source or decision.destination}:
+            engine = self.membership.get(engine_id)
+            if engine is not None:
+                computes = engine_id == (decision.source or decision.destination)
+                engine.unreported[request] = Placed(now_ms, decision.uncached_tokens if computes else 0)
+
+    def done(self, request: str, decision: Decision) -> None:
+        """The request has ended, well or not."""
+        for engine_id in (decision.destination, decision.source):
+            engine = None if engine_id is None else self.membership.get(engine_id)
+            if engine is not None:
+                engine.unreported.pop(request, None)
+
+    def cursor(self, engine: EngineId) -> Cursor | None:
+        return self._cursors.get(engine)
+
+    def _chain(self, facts: Facts, chunks: Chunks, block_size: int, exact: bool) -> list[BlockName]:
+        if exact and facts.tokens is not None:
+            return chain_names(facts.tokens, block_size)
+        return self.texts.predict(block_size, chunks)
+
+
+def _shape(engine: Engine, facts: Facts) -> tuple[int, bool]:
+    """What the prompt's block names at an engine depend on: its block size, and whether tokens alone name them.
+
+    An engine lists its base model first; any other name may be an adapter, which is part of the names.
+    """
+    base = facts.model is None or facts.model == engine.info.models[0]
+    return engine.info.block_size, facts.tokens is not None and base and not facts.salted
+
+
+def _candidate(engine: Engine, prefix_blocks: int) -> Candidate:
+    placed = engine.unreported.values()
+    return Candidate(
+        engine=engine.info.id,
+        role=engine.info.role,
+        fingerprint=engine.info.fingerprint,
+        block_size=engine.info.block_size,
+        prefix_blocks=prefix_blocks,
+        queue_ms=costs.queue_ms(engine.load, len(placed), sum(each.prefill_tokens for each in placed)),
+    )
+
+
+def _refuse_former(engine: EngineId) -> wire.Refused:
+    return wire.Refused(f"a later life of engine {engine} has joined: stop this one, or give it an id of its own")

@@ -1,0 +1,209 @@
+"""The OpenAI front door: checks a request, has it placed, and passes the engine's answer through byte for byte.
+
+Owns no state of the fleet; an engine that fails before its first byte is retried once elsewhere.
+"""
+
+import asyncio
+import itertools
+import logging
+import random
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import aiohttp
+from aiohttp import web
+
+from vllm_llmd.clock import Clock
+from vllm_llmd.names import EngineId
+from vllm_llmd.router import replies, rewrite, upstream
+from vllm_llmd.router.decide import Decision, Policy, decide
+from vllm_llmd.router.fleet import Fleet
+from vllm_llmd.router.observe import Metrics
+from vllm_llmd.router.request import Facts, Kind, RequestError, parse_body, read_facts
+from vllm_llmd.router.settings import RouterSettings
+from vllm_llmd.router.text_index import Chunks
+from vllm_llmd.router.upstream import Answer, Attempt, Failure
+
+log = logging.getLogger(__name__)
+
+ATTEMPTS: Final = 2
+PATHS: Final[dict[str, Kind]] = {"/v1/chat/completions": "chat", "/v1/completions": "completion"}
+
+
+@dataclass
+class Call:
+    """One client request on its way through."""
+
+    id: str
+    http: web.Request
+    raw: bytes
+    body: dict[str, Any]
+    facts: Facts
+    chunks: Chunks
+    began_ms: float
+    tried: list[EngineId] = field(default_factory=list)
+
+
+class Front:
+    """Handlers for the OpenAI endpoints."""
+
+    def __init__(self, settings: RouterSettings, fleet: Fleet, metrics: Metrics, clock: Clock, life: str) -> None:
+        self._fleet = fleet
+        self._metrics = metrics
+        self._clock = clock
+        self._life = life
+        self._numbers = itertools.count(1)
+        self._started_s = int(time.time())
+        self._policy = Policy(settings.min_remote_tokens, random.Random())
+        self._connect_timeout_ms = settings.connect_timeout_ms
+        self._session: aiohttp.ClientSession | None = None
+
+    def add_routes(self, app: web.Application) -> None:
+        for path in PATHS:
+            app.router.add_post(path, self._completions)
+        app.router.add_get("/v1/models", self._models)
+        app.cleanup_ctx.append(self._keep_session)
+
+    async def _keep_session(self, _: web.Application) -> Any:
+        self._session = upstream.open_session(self._connect_timeout_ms)
+        yield
+        await self._session.close()
+
+    async def _models(self, _: web.Request) -> web.Response:
+        longest: dict[str, int] = {}
+        for engine in self._fleet.membership.ready():
+            for model in engine.info.models:
+                longest[model] = max(engine.info.max_model_len, longest.get(model, 0))
+        data = [
+            {
+                "id": model,
+                "object": "model",
+                "created": self._started_s,
+                "owned_by": "vllm-llmd",
+                "max_model_len": length,
+            }
+            for model, length in sorted(longest.items())
+        ]
+        return web.json_response({"object": "list", "data": data})
+
+    async def _completions(self, http: web.Request) -> web.StreamResponse:
+        began_ms = self._clock.now_ms()
+        raw = await http.read()
+        try:
+            body = parse_body(raw)
+            facts = read_facts(PATHS[http.path], body)
+        except RequestError as error:
+            return replies.error(400, str(error), "invalid_request", error.param)
+        if facts.model is not None and self._fleet.membership.ready() and not self._fleet.serves(facts.model):
+            return replies.error(404, f"The model `{facts.model}` does not exist.", "model_not_found", "model")
+        request = f"{self._life}-{next(self._numbers)}"
+        call = Call(request, http, raw, body, facts, self._fleet.cut(facts), began_ms)
+        with self._metrics.inflight.track_inprogress():
+            try:
+                return await self._serve(call)
+            except asyncio.CancelledError:
+                self._metrics.cancelled.inc()
+                raise
+            except ConnectionResetError:  # found out by writing to the client rather than by being cancelled
+                self._metrics.cancelled.inc()
+                return web.Response(status=499)
+
+    async def _serve(self, call: Call) -> web.StreamResponse:
+        failure: Failure | None = None
+        for _ in range(ATTEMPTS):
+            candidates = self._fleet.candidates(call.facts, call.chunks, call.tried)
+            decision = decide(call.facts, candidates, self._policy)
+            if decision is None:
+                break
+            outcome = await self._attempt(call, decision)
+            if not isinstance(outcome, Failure):
+                return outcome
+            failure = outcome
+            call.tried.append(decision.destination)
+            self._metrics.retries.labels(decision.destination).inc()
+            log.warning("request %s: engine %s failed (%s)", call.id, decision.destination, failure.reason)
+        return self._give_up(failure)
+
+    async def _attempt(self, call: Call, decision: Decision) -> web.StreamResponse | Failure:
+        engine = self._fleet.membership.get(decision.destination)
+        assert engine is not None and self._session is not None
+        self._fleet.place(call.id, decision, call.chunks)
+        self._count(decision, engine.info.block_size)
+        hint = {"request": call.id} | ({} if decision.source is None else {"source": decision.source})
+        attempt = Attempt(
+            url=engine.info.http.rstrip("/") + call.http.path,
+            headers=rewrite.request_headers(call.http.headers.items(), call.id),
+            body=rewrite.with_hint(call.raw, call.body, {"llmd": hint}),
+        )
+        try:
+            async with upstream.ask(self._session, attempt) as answer:
+                if isinstance(answer, Failure):
+                    return answer
+                self._metrics.ttft_seconds.observe((self._clock.now_ms() - call.began_ms) / 1000)
+                self._metrics.requests.labels(decision.destination, answer.status).inc()
+                return await self._relay(call, decision.destination, answer)
+        finally:
+            self._fleet.done(call.id, decision)
+
+    async def _relay(self, call: Call, engine: EngineId, answer: Answer) -> web.StreamResponse:
+        response = _response(answer.status, answer.headers)
+        await response.prepare(call.http)
+        chunk = answer.first
+        while chunk:
+            await response.write(chunk)
+            try:
+                chunk = await answer.content.readany()
+            except upstream.BROKEN as error:
+                log.warning("request %s: engine %s broke off (%s)", call.id, engine, error)
+                self._metrics.broken_streams.labels(engine).inc()
+                await _break_off(call.http, response, answer)
+                return response
+        await response.write_eof()
+        return response
+
+    def _count(self, decision: Decision, block_size: int) -> None:
+        self._metrics.predicted_cached_tokens.inc(decision.predicted_blocks * block_size)
+        if decision.source is not None:
+            self._metrics.source_hints.labels(decision.source).inc()
+
+    def _give_up(self, failure: Failure | None) -> web.StreamResponse:
+        if failure is not None and failure.status is not None and failure.headers is not None:
+            self._metrics.requests.labels("", failure.status).inc()
+            response = web.Response(status=failure.status, body=failure.body)
+            response.headers.clear()
+            response.headers.extend(failure.headers)
+            return response
+        self._metrics.requests.labels("", 503).inc()
+        if failure is not None:
+            return replies.error(503, f"The engines failed before they answered: {failure.reason}", "engine_failed")
+        return replies.error(503, "No engine is ready to serve this model.", "no_engine_ready")
+
+
+async def _break_off(http: web.Request, response: web.StreamResponse, answer: Answer) -> None:
+    """Lets the client know that the answer is not whole: as an event where the stream has events, else by a reset."""
+    if answer.is_stream:
+        await response.write(replies.error_event("The engine failed midway.", "engine_failed"))
+        await response.write_eof()
+    elif http.transport is not None:
+        http.transport.abort()
+
+
+def _response(status: int, headers: rewrite.Headers) -> web.StreamResponse:
+    response = web.StreamResponse(status=status)
+    for name, value in headers:
+        response.headers.add(name, value)
+    return response
+
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+@web.middleware
+async def in_openai_shape(http: web.Request, handler: Handler) -> web.StreamResponse:
+    """Turns the errors of the HTTP library (no such path, body too large) into OpenAI's shape."""
+    try:
+        return await handler(http)
+    except web.HTTPException as error:
+        return replies.error(error.status, error.reason)

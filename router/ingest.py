@@ -1,0 +1,107 @@
+"""The router's end of the link to engines: one ROUTER socket, whose messages feed the fleet. Decides nothing."""
+
+import asyncio
+import logging
+from collections.abc import Iterable
+from typing import Final
+
+import zmq
+import zmq.asyncio
+
+from vllm_llmd import wire
+from vllm_llmd.errors import ConfigError, UnknownVersionError, WireError
+from vllm_llmd.router.fleet import Fleet, Reply, Sender
+from vllm_llmd.router.observe import Metrics
+
+log = logging.getLogger(__name__)
+
+TICK_S: Final = 0.1
+MESSAGES_PER_TURN: Final = 64
+COMPLAINTS_KEPT: Final = 10_000
+
+
+class Ingest:
+    """Receives until cancelled. A message that cannot be used costs one log line per peer and kind."""
+
+    def __init__(self, fleet: Fleet, metrics: Metrics, bind: str) -> None:
+        """Binds at once. Raises ConfigError if it cannot."""
+        self._fleet = fleet
+        self._metrics = metrics
+        self._complaints: dict[tuple[Sender, str], None] = {}
+        self._context = zmq.asyncio.Context()
+        self._socket = self._context.socket(zmq.ROUTER)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.setsockopt(zmq.ROUTER_HANDOVER, 1)  # an engine that connects again is the same engine
+        self._socket.setsockopt(zmq.RCVHWM, 100_000)
+        self._socket.setsockopt(zmq.TCP_KEEPALIVE, 1)
+        self._socket.setsockopt(zmq.HEARTBEAT_IVL, 2000)
+        self._socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 6000)
+        try:
+            self._socket.bind(bind)
+        except zmq.ZMQError as error:
+            self.close()
+            raise ConfigError(f"bind must be a free endpoint like tcp://HOST:5557; got {bind!r} ({error})") from None
+
+    @property
+    def endpoint(self) -> str:
+        """Where engines connect, with the port that was really taken."""
+        return self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
+
+    async def run(self) -> None:
+        """Feeds the fleet for ever."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._receive())
+            tasks.create_task(self._tick())
+
+    def close(self) -> None:
+        self._socket.close(linger=0)
+        self._context.term()
+
+    async def _receive(self) -> None:
+        while True:
+            for _ in range(MESSAGES_PER_TURN):
+                frames: list[bytes] = await self._socket.recv_multipart()
+                await self._take(frames)
+            await asyncio.sleep(0)  # a flood of messages must not starve requests
+
+    async def _take(self, frames: list[bytes]) -> None:
+        sender, body = frames[0], frames[-1]
+        try:
+            if len(frames) != 2:
+                raise WireError(f"a message is one frame; got {len(frames) - 1}")
+            replies = self._fleet.on_message(sender, wire.decode_link(body))
+        except WireError as error:
+            self._complain(sender, error)
+            if isinstance(error, UnknownVersionError):
+                await self._send([Reply(sender, wire.Refused(str(error)))])
+            return
+        await self._send(replies)
+
+    async def _tick(self) -> None:
+        while True:
+            await self._send(self._fleet.tick())
+            await self._send(self._fleet.members_to_publish())
+            await asyncio.sleep(TICK_S)
+
+    async def _send(self, replies: Iterable[Reply]) -> None:
+        for reply in replies:
+            if isinstance(reply.message, wire.SnapshotWanted):
+                self._metrics.snapshots_asked.labels(reply.message.reason).inc()
+                log.info("engine %s: asked for a snapshot (%s)", _shown(reply.to), reply.message.reason)
+            elif isinstance(reply.message, wire.Refused):
+                self._complain(reply.to, WireError(reply.message.reason))
+            await self._socket.send_multipart([reply.to, wire.encode(reply.message)])
+
+    def _complain(self, sender: Sender, error: WireError) -> None:
+        kind = type(error).__name__
+        self._metrics.wire_errors.labels(kind).inc()
+        if (sender, kind) in self._complaints:
+            return
+        self._complaints[sender, kind] = None
+        if len(self._complaints) > COMPLAINTS_KEPT:
+            del self._complaints[next(iter(self._complaints))]
+        log.warning("engine %s: message refused: %s", _shown(sender), error)
+
+
+def _shown(sender: Sender) -> str:
+    return sender.decode("utf-8", "backslashreplace")

@@ -1,0 +1,109 @@
+"""Wires one router process: the link to engines, the HTTP front, and an end in good order.
+
+`python -m vllm_llmd.router.main` is the same as `vllm-llmd router`. When both ends listen, one line of JSON on
+stdout says where: {"http": "http://HOST:PORT", "router": "tcp://HOST:PORT"}.
+"""
+
+import argparse
+import asyncio
+import json
+import logging
+import secrets
+import signal
+import sys
+
+import uvloop
+from aiohttp import web
+
+from vllm_llmd.clock import MonotonicClock
+from vllm_llmd.errors import ConfigError
+from vllm_llmd.router.admin import Admin, bearer_guard
+from vllm_llmd.router.fleet import Fleet
+from vllm_llmd.router.front import Front, in_openai_shape
+from vllm_llmd.router.ingest import Ingest
+from vllm_llmd.router.observe import Metrics
+from vllm_llmd.router.settings import RouterSettings, add_arguments, from_args
+
+log = logging.getLogger(__name__)
+
+
+def run(settings: RouterSettings) -> int:
+    """Serves until SIGTERM or SIGINT; returns the exit status. Raises ConfigError if it cannot listen."""
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    return uvloop.run(serve(settings))
+
+
+async def serve(settings: RouterSettings) -> int:
+    """Runs one router in the current event loop."""
+    clock, life = MonotonicClock(), secrets.token_hex(6)
+    fleet = Fleet(settings, clock, life)
+    metrics = Metrics(fleet)
+    ingest = Ingest(fleet, metrics, settings.bind)
+    runner = web.AppRunner(
+        _application(settings, fleet, metrics, life),
+        handler_cancellation=True,  # a client that goes away must stop the engine's work
+        shutdown_timeout=settings.shutdown_ms / 1000,
+        access_log=None,
+    )
+    try:
+        http = await _listen(runner, settings)
+        sys.stdout.write(json.dumps({"http": http, "router": ingest.endpoint}) + "\n")
+        sys.stdout.flush()
+        log.info("router %s: serving %s, engines connect to %s", life, http, ingest.endpoint)
+        return await _until_told_to_stop(ingest)
+    finally:
+        await runner.cleanup()
+        ingest.close()
+        log.info("router %s: stopped", life)
+
+
+def _application(settings: RouterSettings, fleet: Fleet, metrics: Metrics, life: str) -> web.Application:
+    middlewares = [in_openai_shape, *([bearer_guard(settings.api_key)] if settings.api_key else [])]
+    app = web.Application(middlewares=middlewares, client_max_size=settings.max_body_bytes)
+    Front(settings, fleet, metrics, MonotonicClock(), life).add_routes(app)
+    Admin(fleet, metrics).add_routes(app)
+    return app
+
+
+async def _listen(runner: web.AppRunner, settings: RouterSettings) -> str:
+    await runner.setup()
+    site = web.TCPSite(runner, settings.host, settings.port)
+    try:
+        await site.start()
+    except OSError as error:
+        raise ConfigError(f"host and port must be free to listen on: {error}") from None
+    host, port = runner.addresses[0][:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+async def _until_told_to_stop(ingest: Ingest) -> int:
+    """Ends when a signal comes, or when the link to the engines fails, which no router survives."""
+    told = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, told.set)
+    receiving = asyncio.create_task(ingest.run())
+    waiting = asyncio.create_task(told.wait())
+    await asyncio.wait((receiving, waiting), return_when=asyncio.FIRST_COMPLETED)
+    failed = receiving.done()
+    if failed:
+        log.error("the link to the engines has failed", exc_info=receiving.exception())
+    for task in (receiving, waiting):
+        task.cancel()
+    await asyncio.gather(receiving, waiting, return_exceptions=True)
+    return 1 if failed else 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="vllm-llmd router", description="OpenAI front door that knows the KV cache")
+    add_arguments(parser)
+    args = parser.parse_args()
+    try:
+        return run(from_args(args))
+    except ConfigError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,161 @@
+"""Who is in the fleet, and in what state. Pure: time is an argument, nothing is sent.
+
+An engine joins with Hello, is ready once its index is exact, goes stale when silent and is gone when silent for
+long or when it says goodbye. One epoch is one life: a new one replaces the old, and a former one is refused.
+"""
+
+from collections import deque
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Final, Literal
+
+from vllm_llmd.names import EngineId, Epoch
+from vllm_llmd.wire import EngineInfo, Load
+
+
+class State(Enum):
+    JOINING = "joining"
+    READY = "ready"
+    STALE = "stale"
+    GONE = "gone"
+
+
+class Event(Enum):
+    INDEX_EXACT = "index exact"
+    HEARD = "heard"
+    SILENT = "silent"
+    SILENT_FOR_LONG = "silent for long"
+    LEFT = "left"
+
+
+TRANSITIONS: Final[dict[tuple[State, Event], State]] = {
+    (State.JOINING, Event.INDEX_EXACT): State.READY,
+    (State.JOINING, Event.SILENT): State.STALE,
+    (State.READY, Event.SILENT): State.STALE,
+    (State.STALE, Event.HEARD): State.JOINING,  # it must tell again what it holds
+    (State.STALE, Event.SILENT_FOR_LONG): State.GONE,
+    (State.JOINING, Event.LEFT): State.GONE,
+    (State.READY, Event.LEFT): State.GONE,
+    (State.STALE, Event.LEFT): State.GONE,
+}
+"""Every change of state; an event that is not listed for a state changes nothing."""
+
+Standing = Literal["unknown", "current", "former"]
+
+FORMER_EPOCHS_KEPT: Final = 64
+
+
+@dataclass
+class Placed:
+    """A request this router sent to an engine that may not be in the engine's own load report yet."""
+
+    at_ms: float
+    prefill_tokens: int
+
+
+@dataclass
+class Engine:
+    """One engine's current life."""
+
+    info: EngineInfo
+    state: State
+    heard_ms: float
+    load: Load = field(default_factory=Load)
+    load_at_ms: float = 0.0
+    unreported: dict[str, Placed] = field(default_factory=dict)
+
+
+class Membership:
+    """The table of engines. `changed` says that the list to publish differs from the one published last."""
+
+    def __init__(self, stale_after_ms: float, gone_after_ms: float) -> None:
+        self._stale_after_ms = stale_after_ms
+        self._gone_after_ms = gone_after_ms
+        self._engines: dict[EngineId, Engine] = {}
+        self._former: dict[EngineId, deque[Epoch]] = {}
+        self._ticked_ms: float | None = None
+        self.changed = False
+
+    def get(self, engine: EngineId) -> Engine | None:
+        return self._engines.get(engine)
+
+    def all(self) -> list[Engine]:
+        return list(self._engines.values())
+
+    def ready(self) -> list[Engine]:
+        return [engine for engine in self._engines.values() if engine.state is State.READY]
+
+    def infos(self) -> list[EngineInfo]:
+        """The list to publish: every engine that is not gone."""
+        return [engine.info for engine in self._engines.values()]
+
+    def standing(self, engine: EngineId, epoch: Epoch) -> Standing:
+        """Whether messages of this life are to be believed."""
+        known = self._engines.get(engine)
+        if known is not None and known.info.epoch == epoch:
+            return "current"
+        return "former" if epoch in self._former.get(engine, ()) else "unknown"
+
+    def join(self, info: EngineInfo, now_ms: float) -> bool:
+        """Takes a Hello of a current or unknown life in. True if this is a new life (its index starts empty)."""
+        known = self._engines.get(info.id)
+        if known is not None and known.info.epoch == info.epoch:
+            known.heard_ms = now_ms
+            if known.info != info:
+                known.info = info
+                self.changed = True
+            return False
+        if known is not None:
+            self._former.setdefault(info.id, deque(maxlen=FORMER_EPOCHS_KEPT)).append(known.info.epoch)
+        self._engines[info.id] = Engine(info, State.JOINING, now_ms)
+        self.changed = True
+        return True
+
+    def heard(self, engine: EngineId, now_ms: float) -> bool:
+        """Notes a sign of life. True if the engine was stale, so that it must tell again what it holds."""
+        known = self._engines[engine]
+        known.heard_ms = now_ms
+        return self._on(known, Event.HEARD)
+
+    def reported(self, engine: EngineId, load: Load, now_ms: float) -> None:
+        """Takes a load report in. It covers what was placed before the report before it."""
+        known = self._engines[engine]
+        known.unreported = {
+            request: placed for request, placed in known.unreported.items() if placed.at_ms > known.load_at_ms
+        }
+        known.load, known.load_at_ms = load, now_ms
+
+    def index_exact(self, engine: EngineId) -> None:
+        self._on(self._engines[engine], Event.INDEX_EXACT)
+
+    def left(self, engine: EngineId) -> None:
+        """The engine said goodbye; its life is over."""
+        known = self._engines[engine]
+        self._former.setdefault(engine, deque(maxlen=FORMER_EPOCHS_KEPT)).append(known.info.epoch)
+        self._on(known, Event.LEFT)
+
+    def tick(self, now_ms: float) -> list[EngineId]:
+        """Ages everyone. Returns who is gone. Time in which this router itself stood still counts for nobody."""
+        stood_still_ms = 0.0 if self._ticked_ms is None else now_ms - self._ticked_ms
+        self._ticked_ms = now_ms
+        if stood_still_ms > self._stale_after_ms / 2:
+            for engine in self._engines.values():
+                engine.heard_ms += stood_still_ms
+        before = list(self._engines)
+        for engine in list(self._engines.values()):
+            silent_ms = now_ms - engine.heard_ms
+            if silent_ms > self._stale_after_ms:
+                self._on(engine, Event.SILENT)
+            if silent_ms > self._gone_after_ms:
+                self._on(engine, Event.SILENT_FOR_LONG)
+        return [engine_id for engine_id in before if engine_id not in self._engines]
+
+    def _on(self, engine: Engine, event: Event) -> bool:
+        state = TRANSITIONS.get((engine.state, event))
+        if state is None:
+            return False
+        engine.state = state
+        if state is State.GONE:
+            del self._engines[engine.info.id]
+            self.changed = True
+        return True

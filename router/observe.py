@@ -1,0 +1,87 @@
+"""The router's metrics. Owns its own registry, so that several routers can live in one process."""
+
+from collections import Counter as Tally
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from vllm_llmd.router.fleet import Fleet
+from vllm_llmd.router.membership import State
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+_TTFT_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+
+
+class _FleetCollector(Collector):
+    """Reads the fleet when scraped."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self._fleet = fleet
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        engines = self._fleet.membership.all()
+        states = Tally(engine.state for engine in engines)
+        by_state = GaugeMetricFamily("vllm_llmd_engines", "Engines by state", labels=["state"])
+        for state in State:
+            if state is not State.GONE:
+                by_state.add_metric([state.value], states[state])
+        yield by_state
+        blocks = GaugeMetricFamily("vllm_llmd_index_blocks", "Blocks in the prefix index", labels=["engine"])
+        for engine in engines:
+            blocks.add_metric([engine.info.id], self._fleet.index.size(engine.info.id))
+        yield blocks
+        yield GaugeMetricFamily(
+            "vllm_llmd_text_chunks", "Entries in the text index", value=float(len(self._fleet.texts))
+        )
+
+
+class Metrics:
+    """Every counter that the router's edges raise."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self._registry = CollectorRegistry()
+        self._registry.register(_FleetCollector(fleet))
+        self.requests = Counter("vllm_llmd_requests", "Requests answered", ["engine", "code"], registry=self._registry)
+        self.inflight = Gauge("vllm_llmd_inflight_requests", "Requests being served", registry=self._registry)
+        self.ttft_seconds = Histogram(
+            "vllm_llmd_ttft_seconds",
+            "Time from a request's arrival to the first byte of its answer",
+            buckets=_TTFT_BUCKETS,
+            registry=self._registry,
+        )
+        self.predicted_cached_tokens = Counter(
+            "vllm_llmd_predicted_cached_tokens",
+            "Prompt tokens expected in the cache of the chosen engine",
+            registry=self._registry,
+        )
+        self.source_hints = Counter(
+            "vllm_llmd_source_hints",
+            "Requests whose KV another engine should supply",
+            ["source"],
+            registry=self._registry,
+        )
+        self.retries = Counter(
+            "vllm_llmd_engine_failures",
+            "Attempts that failed before the first byte",
+            ["engine"],
+            registry=self._registry,
+        )
+        self.broken_streams = Counter(
+            "vllm_llmd_broken_streams", "Answers that broke off midway", ["engine"], registry=self._registry
+        )
+        self.cancelled = Counter(
+            "vllm_llmd_cancelled_requests", "Requests whose client went away", registry=self._registry
+        )
+        self.snapshots_asked = Counter(
+            "vllm_llmd_snapshots_asked", "Snapshots asked of engines", ["reason"], registry=self._registry
+        )
+        self.wire_errors = Counter(
+            "vllm_llmd_wire_errors", "Messages that could not be used", ["kind"], registry=self._registry
+        )
+
+    def exposition(self) -> bytes:
+        """Everything in Prometheus's text format."""
+        return generate_latest(self._registry)

@@ -1,0 +1,72 @@
+"""What of a client's request goes on to an engine: the body with our hint in place of any of the client's, and the
+headers that a client may send. Pure.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, Final
+
+HINT_KEY: Final = "kv_transfer_params"
+
+_SPELT_OUT = re.compile(rb"kv_transfer_params|\\u00[5-7]", re.IGNORECASE)
+"""The key, or an escape that could hide a letter of it: printable ASCII needs none, so honest bodies have neither."""
+
+_HOP_BY_HOP: Final = frozenset(
+    (
+        "connection",
+        "keep-alive",
+        "proxy-authenticate",
+        "proxy-authorization",
+        "proxy-connection",
+        "te",
+        "trailer",
+        "transfer-encoding",
+        "upgrade",
+    )
+)
+_OURS_TO_SET: Final = frozenset(("host", "content-length", "content-encoding", "expect", "x-request-id"))
+_TRUST: Final = frozenset(("forwarded", "x-real-ip"))
+_TRUST_PREFIXES: Final = ("x-llmd-", "x-llm-d-", "x-forwarded-", "x-gateway-", "x-envoy-")
+
+Headers = list[tuple[str, str]]
+
+
+def with_hint(raw: bytes, body: Mapping[str, Any], hint: Mapping[str, Any]) -> bytes:
+    """The body to send on. `body` is `raw` parsed; the bytes stay as they are unless the client named the key."""
+    if _SPELT_OUT.search(raw):
+        return json.dumps({**_stripped(body), HINT_KEY: hint}).encode()
+    addition = f'"{HINT_KEY}":{json.dumps(hint)}}}'.encode()
+    opened = raw.rstrip()[:-1].rstrip()
+    return opened + (b"," if body else b"") + addition
+
+
+def request_headers(headers: Iterable[tuple[str, str]], request: str) -> Headers:
+    """The client's headers that an engine may see, and the router's id of the request."""
+    kept = _without_hop_by_hop(headers)
+    passed = [(name, value) for name, value in kept if not _is_withheld(name.lower())]
+    return [*passed, ("X-Request-Id", request)]
+
+
+def response_headers(headers: Iterable[tuple[str, str]]) -> Headers:
+    """The engine's headers that the client gets: all but those about the connection."""
+    return _without_hop_by_hop(headers)
+
+
+def _stripped(body: Mapping[str, Any]) -> dict[str, Any]:
+    kept = {name: value for name, value in body.items() if name != HINT_KEY}
+    if isinstance(kept.get("vllm_xargs"), dict):
+        kept["vllm_xargs"] = {name: value for name, value in kept["vllm_xargs"].items() if name != HINT_KEY}
+    return kept
+
+
+def _is_withheld(name: str) -> bool:
+    return name in _OURS_TO_SET or name in _TRUST or name.startswith(_TRUST_PREFIXES)
+
+
+def _without_hop_by_hop(headers: Iterable[tuple[str, str]]) -> Headers:
+    listed = list(headers)
+    named = {
+        token.strip().lower() for name, value in listed if name.lower() == "connection" for token in value.split(",")
+    }
+    return [(name, value) for name, value in listed if name.lower() not in _HOP_BY_HOP | named]

@@ -1,0 +1,78 @@
+"""Everything that can be set on a router, read once from flags and environment, then passed down."""
+
+import argparse
+import os
+from collections.abc import Mapping
+
+import msgspec
+
+from vllm_llmd.errors import ConfigError
+
+API_KEY_VARIABLE = "VLLM_LLMD_API_KEY"
+
+
+class RouterSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A port of 0 takes any free one; the router prints the ports it took."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    bind: str = "tcp://127.0.0.1:5557"
+    heartbeat_ms: int = 500
+    stale_after_ms: int = 3000
+    gone_after_ms: int = 60_000
+    snapshot_retry_ms: int = 2000
+    min_remote_tokens: int = 256
+    connect_timeout_ms: int = 5000
+    shutdown_ms: int = 5000
+    max_body_bytes: int = 64 << 20
+    text_chunk_bytes: int = 256
+    text_chunks: int = 200_000
+    api_key: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("heartbeat_ms", "snapshot_retry_ms", "connect_timeout_ms", "text_chunk_bytes", "text_chunks"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1; got {getattr(self, name)}")
+        if not 0 <= self.port < 65_536:
+            raise ConfigError(f"port must be between 0 and 65535; got {self.port}")
+        if self.stale_after_ms <= self.heartbeat_ms:
+            raise ConfigError(
+                f"stale_after_ms must be more than heartbeat_ms ({self.heartbeat_ms}); got {self.stale_after_ms}"
+            )
+        if self.gone_after_ms <= self.stale_after_ms:
+            raise ConfigError(
+                f"gone_after_ms must be more than stale_after_ms ({self.stale_after_ms}); got {self.gone_after_ms}"
+            )
+
+
+_FLAGS: Mapping[str, str] = {
+    "host": "address of the OpenAI API",
+    "port": "port of the OpenAI API; 0 takes a free one",
+    "bind": "ZeroMQ endpoint that engines connect to; port 0 takes a free one",
+    "heartbeat_ms": "how often engines report their load",
+    "stale_after_ms": "an engine silent for this long gets no requests",
+    "gone_after_ms": "an engine silent for this long is forgotten",
+    "snapshot_retry_ms": "how long to wait for a snapshot before asking again",
+    "min_remote_tokens": "uncached prompt tokens from which a prefill engine supplies the KV",
+    "connect_timeout_ms": "how long to wait for an engine to accept a connection",
+    "shutdown_ms": "how long requests in flight may take to end when the router is told to stop",
+    "max_body_bytes": "largest request body accepted",
+    "text_chunk_bytes": "bytes of prompt text per entry of the text index",
+    "text_chunks": "entries kept in the text index, about 300 bytes of memory each",
+    "api_key": f"clients must send it as bearer token; also read from {API_KEY_VARIABLE}",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds one flag per setting, such as `--min-remote-tokens`."""
+    for setting in msgspec.structs.fields(RouterSettings):
+        kind = int if setting.type is int else str
+        text = _FLAGS[setting.name] + ("" if setting.default is None else " (default: %(default)s)")
+        parser.add_argument("--" + setting.name.replace("_", "-"), type=kind, default=setting.default, help=text)
+
+
+def from_args(args: argparse.Namespace, environ: Mapping[str, str] = os.environ) -> RouterSettings:
+    """The settings that parsed flags give. Raises ConfigError for one out of range."""
+    values = {name: getattr(args, name) for name in _FLAGS}
+    values["api_key"] = values["api_key"] or environ.get(API_KEY_VARIABLE) or None
+    return RouterSettings(**values)

@@ -1,0 +1,189 @@
+"""An engine without vLLM: a real link to the router and an OpenAI-shaped server that can be told to misbehave.
+
+Completions are a digest of the prompt, so equal prompts have equal answers. A text's tokens are its bytes.
+"""
+
+import asyncio
+import hashlib
+import json
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from aiohttp import web
+
+from vllm_llmd.kernels.hash_chain import chain_names
+from vllm_llmd.kv_connector.link import EngineLink, LinkSettings
+from vllm_llmd.names import BlockName, EngineId, Epoch, Role
+from vllm_llmd.wire import EngineInfo, Load
+
+
+class Behaviour(Enum):
+    ANSWER = "answer"
+    FAIL = "answer with status 500"
+    RESET = "close the connection before the first byte"
+    STALL = "never answer"
+    STALL_MIDWAY = "stop after the first chunk, for ever"
+    DIE_MIDWAY = "close the connection after the first chunk"
+
+
+@dataclass(frozen=True)
+class Received:
+    """One request as it came in."""
+
+    path: str
+    headers: dict[str, str]
+    raw: bytes
+
+    @property
+    def body(self) -> Any:
+        return json.loads(self.raw)
+
+
+@dataclass(frozen=True)
+class FakeSettings:
+    """`port` 0 takes a free one."""
+
+    id: str
+    routers: tuple[str, ...]
+    role: Role = "both"
+    models: tuple[str, ...] = ("fake",)
+    block_size: int = 16
+    fingerprint: str = "fake"
+    port: int = 0
+
+
+@dataclass
+class FakeEngine:
+    """`held` is the truth that a router's index must come to equal; change it through `publish`."""
+
+    settings: FakeSettings
+    epoch: Epoch = field(default_factory=lambda: Epoch(secrets.randbits(63)))
+    behaviour: Behaviour = Behaviour.ANSWER
+    load: Load = field(default_factory=Load)
+    held: set[BlockName] = field(default_factory=set)
+    requests: list[Received] = field(default_factory=list)
+    answers: list[bytes] = field(default_factory=list)
+    cancelled: int = 0
+
+    async def start(self) -> "FakeEngine":
+        app = web.Application(client_max_size=1 << 30)
+        app.router.add_post("/v1/chat/completions", self._complete)
+        app.router.add_post("/v1/completions", self._complete)
+        self._runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1, access_log=None)
+        await self._runner.setup()
+        await web.TCPSite(self._runner, "127.0.0.1", self.settings.port).start()
+        self.info = EngineInfo(
+            id=EngineId(self.settings.id),
+            epoch=self.epoch,
+            role=self.settings.role,
+            http=f"http://127.0.0.1:{self._runner.addresses[0][1]}",
+            models=list(self.settings.models),
+            block_size=self.settings.block_size,
+            num_blocks=1000,
+            max_model_len=4096,
+            fingerprint=self.settings.fingerprint,
+            workers=[],
+        )
+        self.link = EngineLink(LinkSettings(self.info, self.settings.routers, lambda: self.load))
+        self.link.start()
+        return self
+
+    async def stop(self) -> None:
+        """Leaves in good order."""
+        await asyncio.to_thread(self.link.close)
+        await self._runner.cleanup()
+
+    def publish(self, removed: Sequence[BlockName] = (), stored: Sequence[BlockName] = ()) -> None:
+        """Changes what is held, and tells."""
+        self.held.difference_update(removed)
+        self.held.update(stored)
+        self.link.publish(False, removed, stored)
+
+    def publish_clear(self) -> None:
+        """Drops everything held, and tells."""
+        self.held.clear()
+        self.link.publish(True, (), ())
+
+    def names(self, prompt: str | Sequence[int]) -> list[BlockName]:
+        """The block names of a prompt."""
+        tokens = list(prompt.encode()) if isinstance(prompt, str) else prompt
+        return chain_names(tokens, self.settings.block_size)
+
+    async def _complete(self, request: web.Request) -> web.StreamResponse:
+        received = Received(request.path, dict(request.headers), await request.read())
+        self.requests.append(received)
+        try:
+            return await self._behave(request, received)
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+
+    async def _behave(self, request: web.Request, received: Received) -> web.StreamResponse:
+        match self.behaviour:
+            case Behaviour.FAIL:
+                return web.json_response({"error": {"message": "told to fail", "code": 500}}, status=500)
+            case Behaviour.STALL:
+                await asyncio.Event().wait()
+            case Behaviour.RESET:
+                _abort(request)
+                return web.Response()
+        body = received.body
+        self._cache(body)
+        chunks = _stream_chunks(body) if body.get("stream") else _whole_chunks(body)
+        answer = b"".join(chunks)
+        self.answers.append(answer)
+        response = web.StreamResponse()
+        response.headers["X-Fake-Engine"] = self.settings.id
+        response.content_type = "text/event-stream" if body.get("stream") else "application/json"
+        if not body.get("stream"):
+            response.content_length = len(answer)
+        await response.prepare(request)
+        for number, chunk in enumerate(chunks):
+            await response.write(chunk)
+            if number == 0 and self.behaviour is Behaviour.STALL_MIDWAY:
+                await asyncio.Event().wait()
+            if number == 0 and self.behaviour is Behaviour.DIE_MIDWAY:
+                await asyncio.sleep(0.05)  # the chunk must be on its way before the reset overtakes it
+                _abort(request)
+                return response
+        await response.write_eof()
+        return response
+
+    def _cache(self, body: Any) -> None:
+        names = self.names(_prompt(body))
+        new = [name for name in names if name not in self.held]
+        self.publish(stored=new)
+        hint = (body.get("kv_transfer_params") or {}).get("llmd")
+        if hint is not None:
+            self.link.seen(hint["request"], len(names) * self.settings.block_size, names)
+
+
+def _abort(request: web.Request) -> None:
+    if request.transport is not None:
+        request.transport.abort()
+
+
+def _prompt(body: Any) -> str | list[int]:
+    """The text or token ids that a template would give."""
+    if "messages" in body:
+        return "".join(f"<{message['role']}>{message['content']}" for message in body["messages"])
+    prompt: str | list[int] = body["prompt"]
+    return prompt
+
+
+def _words(body: Any) -> list[str]:
+    digest = hashlib.blake2b(json.dumps(_prompt(body)).encode(), digest_size=8).hexdigest()
+    return [digest[start : start + 4] + " " for start in range(0, len(digest), 4)]
+
+
+def _stream_chunks(body: Any) -> list[bytes]:
+    events = [{"object": "chunk", "choices": [{"index": 0, "text": word}]} for word in _words(body)]
+    return [*(b"data: " + json.dumps(event).encode() + b"\n\n" for event in events), b"data: [DONE]\n\n"]
+
+
+def _whole_chunks(body: Any) -> list[bytes]:
+    answer = json.dumps({"object": "completion", "choices": [{"index": 0, "text": "".join(_words(body))}]}).encode()
+    return [answer[:10], answer[10:]]
