@@ -1,14 +1,13 @@
 """What an operator asks a router: health, metrics, the state of the fleet. Reads only."""
 
 import hmac
-from collections.abc import Awaitable, Callable
 
 from aiohttp import web
+from aiohttp.typedefs import Handler, Middleware
 
 from vllm_llmd.names import EngineId
 from vllm_llmd.router import observe, replies
 from vllm_llmd.router.fleet import Fleet
-from vllm_llmd.router.front import Handler
 from vllm_llmd.router.membership import Engine
 from vllm_llmd.router.observe import Metrics
 
@@ -62,15 +61,15 @@ class Admin:
         }
 
 
-def bearer_guard(api_key: str) -> Callable[[web.Request, Handler], Awaitable[web.StreamResponse]]:
+def bearer_guard(api_key: str) -> Middleware:
     """A middleware that lets only clients with the key past, except to health and metrics."""
     expected = f"Bearer {api_key}".encode()
 
     @web.middleware
-    async def guard(http: web.Request, handler: Handler) -> web.StreamResponse:
-        given = http.headers.get("Authorization", "").encode()
-        if http.path.startswith(GUARDED) and not hmac.compare_digest(given, expected):
+    async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
+        given = request.headers.get("Authorization", "").encode()
+        if request.path.startswith(GUARDED) and not hmac.compare_digest(given, expected):
             return replies.error(401, "Send the router's API key as a bearer token.", "invalid_api_key")
-        return await handler(http)
+        return await handler(request)
 
     return guard

@@ -8,12 +8,12 @@ import itertools
 import logging
 import random
 import time
-from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 import aiohttp
 from aiohttp import web
+from aiohttp.typedefs import Handler
 
 from vllm_llmd.clock import Clock
 from vllm_llmd.names import EngineId
@@ -197,13 +197,10 @@ def _response(status: int, headers: rewrite.Headers) -> web.StreamResponse:
     return response
 
 
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-
-
 @web.middleware
-async def in_openai_shape(http: web.Request, handler: Handler) -> web.StreamResponse:
+async def in_openai_shape(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Turns the errors of the HTTP library (no such path, body too large) into OpenAI's shape."""
     try:
-        return await handler(http)
+        return await handler(request)
     except web.HTTPException as error:
         return replies.error(error.status, error.reason)

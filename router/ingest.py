@@ -71,9 +71,9 @@ class Ingest:
                 raise WireError(f"a message is one frame; got {len(frames) - 1}")
             replies = self._fleet.on_message(sender, wire.decode_link(body))
         except WireError as error:
-            self._complain(sender, error)
+            self._complain(sender, type(error).__name__, str(error))
             if isinstance(error, UnknownVersionError):
-                await self._send([Reply(sender, wire.Refused(str(error)))])
+                await self._post(Reply(sender, wire.Refused(str(error))))
             return
         await self._send(replies)
 
@@ -89,18 +89,20 @@ class Ingest:
                 self._metrics.snapshots_asked.labels(reply.message.reason).inc()
                 log.info("engine %s: asked for a snapshot (%s)", _shown(reply.to), reply.message.reason)
             elif isinstance(reply.message, wire.Refused):
-                self._complain(reply.to, WireError(reply.message.reason))
-            await self._socket.send_multipart([reply.to, wire.encode(reply.message)])
+                self._complain(reply.to, "Refused", reply.message.reason)
+            await self._post(reply)
 
-    def _complain(self, sender: Sender, error: WireError) -> None:
-        kind = type(error).__name__
+    async def _post(self, reply: Reply) -> None:
+        await self._socket.send_multipart([reply.to, wire.encode(reply.message)])
+
+    def _complain(self, sender: Sender, kind: str, text: str) -> None:
         self._metrics.wire_errors.labels(kind).inc()
         if (sender, kind) in self._complaints:
             return
         self._complaints[sender, kind] = None
         if len(self._complaints) > COMPLAINTS_KEPT:
             del self._complaints[next(iter(self._complaints))]
-        log.warning("engine %s: message refused: %s", _shown(sender), error)
+        log.warning("engine %s: message refused: %s", _shown(sender), text)
 
 
 def _shown(sender: Sender) -> str:

@@ -6,7 +6,7 @@ Pure. Checks no more than the router itself needs; everything else is for the en
 import hashlib
 import json
 from array import array
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -45,7 +45,7 @@ class Facts:
     """
 
     model: str | None
-    tokens: array[int] | None
+    tokens: Sequence[int] | None
     seed: bytes
     text: bytes
     prompt_tokens: int
@@ -83,7 +83,7 @@ def _chat_prompt(body: Mapping[str, Any]) -> tuple[None, bytes, int]:
     return None, text, len(text) // BYTES_PER_TOKEN
 
 
-def _completion_prompt(body: Mapping[str, Any]) -> tuple[array[int] | None, bytes, int]:
+def _completion_prompt(body: Mapping[str, Any]) -> tuple[Sequence[int] | None, bytes, int]:
     prompt = body.get("prompt")
     if isinstance(prompt, list) and len(prompt) == 1 and not isinstance(prompt[0], int):
         prompt = prompt[0]
@@ -101,7 +101,7 @@ def _completion_prompt(body: Mapping[str, Any]) -> tuple[array[int] | None, byte
     return None, b"", longest
 
 
-def _token_ids(prompt: list[Any]) -> array[int] | None:
+def _token_ids(prompt: list[Any]) -> "array[int] | None":
     try:
         return array("I", prompt)
     except (TypeError, OverflowError):

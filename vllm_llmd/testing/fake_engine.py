@@ -7,7 +7,7 @@ import asyncio
 import hashlib
 import json
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -31,7 +31,7 @@ class Behaviour(Enum):
 
 @dataclass(frozen=True)
 class Received:
-    """One request as it came in."""
+    """One request as it came in; the names of its headers in lower case."""
 
     path: str
     headers: dict[str, str]
@@ -113,7 +113,7 @@ class FakeEngine:
         return chain_names(tokens, self.settings.block_size)
 
     async def _complete(self, request: web.Request) -> web.StreamResponse:
-        received = Received(request.path, dict(request.headers), await request.read())
+        received = Received(request.path, _lower(request.headers), await request.read())
         self.requests.append(received)
         try:
             return await self._behave(request, received)
@@ -159,6 +159,10 @@ class FakeEngine:
         hint = (body.get("kv_transfer_params") or {}).get("llmd")
         if hint is not None:
             self.link.seen(hint["request"], len(names) * self.settings.block_size, names)
+
+
+def _lower(headers: Mapping[str, str]) -> dict[str, str]:
+    return {name.lower(): value for name, value in headers.items()}
 
 
 def _abort(request: web.Request) -> None:

@@ -1,0 +1,444 @@
+"""A real router process and fake engines, over real ZeroMQ and HTTP."""
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import aiohttp
+import pytest
+import zmq
+
+from vllm_llmd import wire
+from vllm_llmd.names import BlockName, EngineId, Epoch
+from vllm_llmd.testing.fake_engine import Behaviour, FakeEngine, FakeSettings
+
+DEADLINE_S = 20.0
+
+LONG = "You are a helpful assistant who knows everything about the cache of every engine in the fleet. " * 20
+CHAT = "/v1/chat/completions"
+
+
+T = TypeVar("T")
+
+
+async def until(ask: Callable[[], Awaitable[T]], wanted: Callable[[T], bool]) -> T:
+    """Asks until the answer is the one wanted."""
+    give_up = time.monotonic() + DEADLINE_S
+    while True:
+        answer = await ask()
+        if wanted(answer):
+            return answer
+        assert time.monotonic() < give_up, f"still {answer!r}"
+        await asyncio.sleep(0.02)
+
+
+@dataclass
+class Router:
+    """One router process, which can be killed and started again on the same ports."""
+
+    log: Path
+    flags: tuple[str, ...]
+    process: subprocess.Popen[str] | None = None
+    http: str = ""
+    zmq: str = ""
+
+    async def start(self) -> None:
+        line = await asyncio.to_thread(self._spawn)
+        ports = json.loads(line)
+        self.http, self.zmq = ports["http"], ports["router"]
+
+    def _spawn(self) -> str:
+        again = ("--port", self.http.rpartition(":")[2], "--bind", self.zmq) if self.http else ()
+        command = [sys.executable, "-m", "vllm_llmd.router.main", "--port", "0", "--bind", "tcp://127.0.0.1:0"]
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [*command, *self.flags, *again],
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                env=os.environ | {"PYTHONSAFEPATH": "1"},
+            )
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            self.end(signal.SIGKILL)
+            pytest.fail(self.log.read_text())
+        return line
+
+    def end(self, number: signal.Signals) -> int:
+        assert self.process is not None and self.process.stdout is not None
+        self.process.send_signal(number)
+        status = self.process.wait(timeout=DEADLINE_S)
+        self.process.stdout.close()
+        self.process = None
+        return status
+
+
+@dataclass
+class Site:
+    """A router, its engines and a client."""
+
+    router: Router
+    client: aiohttp.ClientSession
+    engines: list[FakeEngine] = field(default_factory=list)
+
+    async def engine(self, engine_id: str, epoch: int | None = None, **settings: Any) -> FakeEngine:
+        engine = FakeEngine(FakeSettings(engine_id, (self.router.zmq,), **settings))
+        if epoch is not None:
+            engine.epoch = Epoch(epoch)
+        self.engines.append(await engine.start())
+        return engine
+
+    async def ready(self, *engines: FakeEngine) -> None:
+        wanted = {(engine.settings.id, engine.epoch, "ready") for engine in engines}
+        await until(self.states, lambda states: wanted <= states)
+
+    async def states(self) -> set[tuple[str, int, str]]:
+        return {(engine["id"], engine["epoch"], engine["state"]) for engine in await self.admin_engines()}
+
+    async def admin_engines(self) -> list[dict[str, Any]]:
+        listed: list[dict[str, Any]] = (await self.get_json("/admin/engines"))["engines"]
+        return listed
+
+    async def get_json(self, path: str) -> Any:
+        async with self.client.get(self.router.http + path) as response:
+            return await response.json()
+
+    async def indexed(self, engine: FakeEngine) -> set[int]:
+        index = await self.get_json(f"/admin/index/{engine.settings.id}")
+        return {int(name) for name in index.get("names", ["-1"])}
+
+    async def index_equals_truth(self, engine: FakeEngine) -> None:
+        await until(lambda: self.indexed(engine), lambda names: names == engine.held)
+
+    def post(self, body: Any, path: str = CHAT, **more: Any) -> Any:
+        return self.client.post(self.router.http + path, json=body, **more)
+
+    async def metric(self, line: str) -> float:
+        async with self.client.get(self.router.http + "/metrics") as response:
+            found = [each.split()[-1] for each in (await response.text()).splitlines() if each.startswith(line + " ")]
+        return float(found[0]) if found else 0.0
+
+
+@pytest.fixture
+async def site(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[Site]:
+    router = Router(tmp_path / "router.log", getattr(request, "param", ()))
+    await router.start()
+    async with aiohttp.ClientSession() as client:
+        site = Site(router, client)
+        try:
+            yield site
+        finally:
+            await asyncio.gather(*(engine.stop() for engine in site.engines))
+            if router.process is not None:
+                assert router.end(signal.SIGTERM) == 0, router.log.read_text()
+    assert "Traceback" not in router.log.read_text()
+
+
+@pytest.fixture
+def dealer() -> Iterator["zmq.Socket[bytes]"]:
+    """A bare engine's end of the link."""
+    with zmq.Context() as context, context.socket(zmq.DEALER) as dealer:
+        dealer.setsockopt(zmq.LINGER, 0)
+        yield dealer
+
+
+def chat(text: str, **more: Any) -> dict[str, Any]:
+    return {"model": "fake", "messages": [{"role": "user", "content": text}], **more}
+
+
+async def test_an_answer_passes_byte_for_byte_with_its_status_and_headers(site: Site) -> None:
+    engine = await site.engine("a")
+    await site.ready(engine)
+    async with site.post(chat("hello")) as response:
+        assert response.status == 200
+        assert response.content_type == "application/json"
+        assert response.headers["X-Fake-Engine"] == "a"
+        assert await response.read() == engine.answers[0]
+
+
+async def test_a_stream_passes_byte_for_byte(site: Site) -> None:
+    engine = await site.engine("a")
+    await site.ready(engine)
+    async with site.post(chat("hello", stream=True)) as response:
+        assert response.content_type == "text/event-stream"
+        assert await response.read() == engine.answers[0]
+    async with site.post({"model": "fake", "prompt": "hello", "stream": True}, "/v1/completions") as response:
+        assert await response.read() == engine.answers[1]
+
+
+async def test_chunks_are_forwarded_as_they_arrive(site: Site) -> None:
+    engine = await site.engine("a")
+    engine.behaviour = Behaviour.STALL_MIDWAY
+    await site.ready(engine)
+    async with site.post(chat("hello", stream=True)) as response:
+        chunk = await asyncio.wait_for(response.content.readany(), DEADLINE_S)
+    assert chunk and engine.answers[0].startswith(chunk)
+
+
+async def test_no_engine_is_503_with_retry_after_in_openai_shape(site: Site) -> None:
+    async with site.post(chat("hello")) as response:
+        assert response.status == 503
+        assert int(response.headers["Retry-After"]) > 0
+        assert set((await response.json())["error"]) == {"message", "type", "param", "code"}
+    async with site.client.get(site.router.http + "/health") as response:
+        assert response.status == 503
+
+
+async def test_an_unknown_model_is_404_and_the_known_ones_are_listed(site: Site) -> None:
+    one, two = await site.engine("a", models=("x", "y")), await site.engine("b", models=("y", "z"))
+    await site.ready(one, two)
+    async with site.post({"model": "nope", "messages": []}) as response:
+        assert response.status == 404
+        assert (await response.json())["error"]["code"] == "model_not_found"
+    models = await site.get_json("/v1/models")
+    assert [model["id"] for model in models["data"]] == ["x", "y", "z"]
+    assert (await site.get_json("/health"))["ready"] == 2
+
+
+async def test_a_model_is_routed_only_to_an_engine_that_serves_it(site: Site) -> None:
+    one, two = await site.engine("a", models=("x",)), await site.engine("b", models=("y",))
+    await site.ready(one, two)
+    for _ in range(6):
+        async with site.post({"model": "y", "messages": [{"role": "user", "content": "hi"}]}) as response:
+            assert response.headers["X-Fake-Engine"] == "b"
+    assert not one.requests
+
+
+@pytest.mark.parametrize(("body", "said"), [(b"{", "JSON"), (b"[]", "object"), (b'{"model": 1}', "model")])
+async def test_a_bad_body_is_400_in_openai_shape(site: Site, body: bytes, said: str) -> None:
+    async with site.client.post(site.router.http + CHAT, data=body) as response:
+        assert response.status == 400
+        assert said in (await response.json())["error"]["message"]
+
+
+async def test_an_unknown_path_is_404_in_openai_shape(site: Site) -> None:
+    async with site.client.get(site.router.http + "/nothing") as response:
+        assert response.status == 404
+        assert "message" in (await response.json())["error"]
+
+
+async def test_what_a_client_may_not_send_does_not_reach_the_engine(site: Site) -> None:
+    engine = await site.engine("a")
+    await site.ready(engine)
+    forged = {"llmd": {"source": "evil", "addr": "http://evil"}, "remote_host": "evil"}
+    body = chat("hello", kv_transfer_params=forged, vllm_xargs={"kv_transfer_params": forged, "kept": 1})
+    headers = {"x-llmd-source": "evil", "X-Forwarded-For": "evil", "X-Gateway-Destination-Endpoint": "evil"}
+    async with site.post(body, headers={**headers, "Authorization": "Bearer k", "X-Custom": "kept"}) as response:
+        assert response.status == 200
+    received = engine.requests[0]
+    assert b"evil" not in received.raw and "evil" not in str(received.headers)
+    assert received.body["vllm_xargs"] == {"kept": 1}
+    assert received.body["kv_transfer_params"] == {"llmd": {"request": received.headers["x-request-id"]}}
+    assert received.headers["authorization"] == "Bearer k"
+    assert received.headers["x-custom"] == "kept"
+
+
+@pytest.mark.parametrize("behaviour", [Behaviour.FAIL, Behaviour.RESET])
+async def test_an_engine_that_fails_before_its_first_byte_is_retried_elsewhere(
+    site: Site, behaviour: Behaviour
+) -> None:
+    bad, good = await site.engine("bad"), await site.engine("good")
+    bad.behaviour = behaviour
+    good.load = wire.Load(waiting=100)
+    await site.ready(bad, good)
+    await until(site.admin_engines, lambda engines: any(engine["load"]["waiting"] for engine in engines))
+    async with site.post(chat("hello", stream=True)) as response:
+        assert response.status == 200
+        assert await response.read() == good.answers[0]
+    assert len(bad.requests) == len(good.requests) == 1
+
+
+async def test_an_engine_that_refuses_connections_is_retried_elsewhere(site: Site) -> None:
+    bad, good = await site.engine("bad"), await site.engine("good")
+    good.load = wire.Load(waiting=100)
+    await site.ready(bad, good)
+    await until(site.admin_engines, lambda engines: any(engine["load"]["waiting"] for engine in engines))
+    await bad._runner.cleanup()
+    async with site.post(chat("hello")) as response:
+        assert response.headers["X-Fake-Engine"] == "good"
+
+
+async def test_when_every_attempt_fails_the_engines_own_error_passes_through(site: Site) -> None:
+    engines = [await site.engine(name) for name in "abc"]
+    for engine in engines:
+        engine.behaviour = Behaviour.FAIL
+    await site.ready(*engines)
+    async with site.post(chat("hello")) as response:
+        assert response.status == 500
+        assert (await response.json())["error"]["message"] == "told to fail"
+    assert sum(len(engine.requests) for engine in engines) == 2
+
+
+async def test_a_stream_that_breaks_midway_ends_with_an_error_event(site: Site) -> None:
+    engine = await site.engine("a")
+    engine.behaviour = Behaviour.DIE_MIDWAY
+    await site.ready(engine)
+    async with site.post(chat("hello", stream=True)) as response:
+        events = (await response.read()).split(b"\n\n")
+    assert json.loads(events[0].removeprefix(b"data: "))["object"] == "chunk"
+    assert json.loads(events[-2].removeprefix(b"data: "))["error"]["code"] == "engine_failed"
+
+
+async def test_an_answer_that_breaks_midway_is_not_taken_for_whole(site: Site) -> None:
+    engine = await site.engine("a")
+    engine.behaviour = Behaviour.DIE_MIDWAY
+    await site.ready(engine)
+    with pytest.raises(aiohttp.ClientError):
+        async with site.post(chat("hello")) as response:
+            await response.read()
+
+
+@pytest.mark.parametrize("behaviour", [Behaviour.STALL, Behaviour.STALL_MIDWAY])
+async def test_a_client_that_goes_away_cancels_the_engines_work(site: Site, behaviour: Behaviour) -> None:
+    engine = await site.engine("a")
+    engine.behaviour = behaviour
+    await site.ready(engine)
+
+    async def ask() -> None:
+        async with site.post(chat("hello", stream=True)) as response:
+            await response.read()
+
+    asking = asyncio.create_task(ask())
+    await until(lambda: asyncio.sleep(0, len(engine.requests)), lambda count: count == 1)
+    asking.cancel()
+    await asyncio.gather(asking, return_exceptions=True)
+    await until(lambda: asyncio.sleep(0, engine.cancelled), lambda count: count == 1)
+    await until(lambda: site.metric("vllm_llmd_cancelled_requests_total"), lambda count: count == 1)
+    assert await site.metric("vllm_llmd_inflight_requests") == 0
+
+
+async def test_the_same_text_goes_to_the_engine_that_has_it_cached(site: Site) -> None:
+    one, two = await site.engine("a"), await site.engine("b")
+    await site.ready(one, two)
+    async with site.post(chat(LONG + "first")) as response:
+        home = response.headers["X-Fake-Engine"]
+    cached = one if home == "a" else two
+    await site.index_equals_truth(cached)
+    await until(lambda: site.metric("vllm_llmd_text_chunks"), lambda count: count > 0)
+    cached.load = wire.Load(waiting=100)
+    await until(site.admin_engines, lambda engines: any(engine["load"]["waiting"] for engine in engines))
+    for question in ("second", "third", "fourth"):
+        async with site.post(chat(LONG + question)) as response:
+            assert response.headers["X-Fake-Engine"] == home
+    async with site.post(chat("something else")) as response:
+        assert response.headers["X-Fake-Engine"] != home
+
+
+async def test_token_prompts_match_exactly_from_the_first_request(site: Site) -> None:
+    one, two = await site.engine("a"), await site.engine("b")
+    tokens = list(range(100))
+    two.publish(stored=two.names(tokens))
+    two.load = wire.Load(waiting=100)
+    await site.ready(one, two)
+    await site.index_equals_truth(two)
+    async with site.post({"model": "fake", "prompt": tokens}, "/v1/completions") as response:
+        assert response.headers["X-Fake-Engine"] == "b"
+    assert await site.metric("vllm_llmd_predicted_cached_tokens_total") == 96
+
+
+async def test_a_long_prompt_gets_the_prefill_engine_as_its_source_and_a_short_one_does_not(site: Site) -> None:
+    decode, prefill = await site.engine("d", role="decode"), await site.engine("p", role="prefill")
+    await site.ready(decode, prefill)
+    for text in (LONG, "short"):
+        async with site.post(chat(text)) as response:
+            assert response.headers["X-Fake-Engine"] == "d"
+    sources = [received.body["kv_transfer_params"]["llmd"].get("source") for received in decode.requests]
+    assert sources == ["p", None]
+    assert not prefill.requests
+
+
+async def test_a_router_killed_and_started_again_knows_what_the_engines_hold(site: Site) -> None:
+    one, two = await site.engine("a"), await site.engine("b")
+    one.publish(stored=[BlockName(name) for name in range(1000)])
+    await site.ready(one, two)
+    site.router.end(signal.SIGKILL)
+    one.publish(removed=[BlockName(name) for name in range(500)])
+    two.publish(stored=[BlockName(2**64 - 1)])
+    await site.router.start()
+    await site.ready(one, two)
+    await site.index_equals_truth(one)
+    await site.index_equals_truth(two)
+    two.publish_clear()
+    await site.index_equals_truth(two)
+
+
+async def test_engines_learn_of_each_other_and_of_departures(site: Site) -> None:
+    one, two = await site.engine("a"), await site.engine("b")
+    await site.ready(one, two)
+    for engine in (one, two):
+        await until(lambda engine=engine: asyncio.sleep(0, set(engine.link.members())), lambda ids: ids == {"a", "b"})
+    await two.stop()
+    site.engines.remove(two)
+    await until(lambda: asyncio.sleep(0, set(one.link.members())), lambda ids: ids == {"a"})
+    assert {engine["id"] for engine in await site.admin_engines()} == {"a"}
+
+
+async def test_a_new_life_of_an_engine_replaces_the_old_one(site: Site) -> None:
+    old = await site.engine("a", epoch=1)
+    old.publish(stored=[BlockName(1), BlockName(2)])
+    await site.ready(old)
+    new = await site.engine("a", epoch=2)
+    new.publish(stored=[BlockName(3)])
+    await site.ready(new)
+    old.publish(stored=[BlockName(4)])
+    await site.index_equals_truth(new)
+    await until(lambda: asyncio.to_thread(site.router.log.read_text), lambda text: "a later life" in text)
+    await site.index_equals_truth(new)
+
+
+@pytest.mark.parametrize("site", [("--stale-after-ms", "600", "--gone-after-ms", "1200")], indirect=True)
+async def test_a_silent_engine_gets_no_requests_and_is_forgotten(site: Site, dealer: "zmq.Socket[bytes]") -> None:
+    dealer.connect(site.router.zmq)
+    info = wire.EngineInfo(EngineId("mute"), Epoch(1), "both", "http://127.0.0.1:9", ["fake"], 16, 1, 1, "f", [])
+    dealer.send(wire.encode(wire.Hello(info)))
+    dealer.send(wire.encode(wire.Snapshot(info.id, info.epoch, 0, 0, 1, b"")))
+    await until(site.states, lambda states: ("mute", 1, "ready") in states)
+    await until(site.states, lambda states: ("mute", 1, "stale") in states)
+    async with site.post(chat("hello")) as response:
+        assert response.status == 503
+    await until(site.states, lambda states: not states)
+
+
+async def test_an_unknown_version_is_refused_with_one_log_line_and_no_harm(
+    site: Site, dealer: "zmq.Socket[bytes]"
+) -> None:
+    dealer.setsockopt(zmq.IDENTITY, b"stranger")
+    dealer.connect(site.router.zmq)
+    for _ in range(5):
+        dealer.send(bytes((wire.MAJOR + 1, 0)) + b"whatever")
+    dealer.send(b"x")
+    assert await asyncio.to_thread(dealer.poll, DEADLINE_S * 1000)
+    refused = wire.decode_link(dealer.recv())
+    assert isinstance(refused, wire.Refused) and "same major version" in refused.reason
+    engine = await site.engine("a")
+    await site.ready(engine)
+    lines = [line for line in site.router.log.read_text().splitlines() if "stranger" in line]
+    assert len(lines) == 2  # one for the version, one for the malformed frame
+
+
+@pytest.mark.parametrize("site", [("--api-key", "secret")], indirect=True)
+async def test_with_a_key_set_a_client_must_send_it(site: Site) -> None:
+    engine = await site.engine("a")
+    for headers, status in (({}, 401), ({"Authorization": "Bearer wrong"}, 401), ({"Authorization": "Bearer ü"}, 401)):
+        async with site.post(chat("hello"), headers=headers) as response:
+            assert response.status == status
+            assert (await response.json())["error"]["code"] == "invalid_api_key"
+    key = {"Authorization": "Bearer secret"}
+
+    async def health() -> int:
+        async with site.client.get(site.router.http + "/health") as response:
+            return response.status
+
+    await until(health, lambda status: status == 200)
+    async with site.post(chat("hello"), headers=key) as response:
+        assert response.status == 200
+    assert engine.requests
