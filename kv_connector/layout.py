@@ -93,7 +93,7 @@ def read_runs(local: Regions, remote: Regions, pairs: Sequence[BlockPair]) -> tu
     """
     if local.block_bytes != remote.block_bytes:
         raise ConfigError(
-            f"KV blocks of the two engines differ: {len(local.block_bytes)} regions here, {len(remote.block_bytes)} there"
+            f"KV blocks differ: {len(local.block_bytes)} regions here, {len(remote.block_bytes)} at the source"
         )
     for pair in pairs:
         if not (0 <= pair.remote < remote.num_blocks and 0 <= pair.local < local.num_blocks):

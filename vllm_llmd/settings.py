@@ -38,9 +38,6 @@ class EngineSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     lease_ms: int = 5000
     """How long blocks announced to another engine stay pinned unless it renews; also how long silence may last."""
 
-    heartbeat_ms: int = 500
-    """How often the engine reports its load, until the router asks for another rhythm."""
-
     secret: str | None = None
     """Shared by the fleet: orders are signed with it, and unsigned ones refused. By default `VLLM_LLMD_SECRET`."""
 

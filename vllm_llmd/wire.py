@@ -161,12 +161,16 @@ class Refused(Message, frozen=True):
 
 
 class Greet(Message, frozen=True):
-    """Opens a peer connection. The source forgets every order of an earlier epoch of this engine."""
+    """Opens a peer connection. The source forgets every order of an earlier epoch of this engine.
+
+    `mac` proves knowledge of the fleet's secret, where there is one.
+    """
 
     engine: EngineId
     epoch: Epoch
     rank: int
     fingerprint: str
+    mac: str = ""
 
 
 class Renew(Message, frozen=True):
@@ -190,6 +194,24 @@ class Done(Message, frozen=True):
 
 
 # --- source worker -> destination worker ----------------------------------------------------------------------
+
+
+class Ticket(msgspec.Struct, frozen=True):
+    """What makes a one-token request an order; it travels as JSON in the request's `kv_transfer_params`.
+
+    Prompt blocks from `first_block` on are wanted, up to the end of the request's prompt. `mac` as in Greet.
+    """
+
+    order: OrderId
+    source: EngineId
+    source_epoch: Epoch
+    destination: EngineId
+    destination_epoch: Epoch
+    fingerprint: str
+    first_block: int
+    lease_ms: int
+    version: int = MAJOR
+    mac: str = ""
 
 
 class Regions(Record, frozen=True):
@@ -217,7 +239,6 @@ class Announce(Message, frozen=True):
     """Prompt blocks `first_block ...` of `order` are ready in the source's blocks `blocks`, and pinned.
 
     `seq` counts the order's ranges from 0. `last` marks the range that completes the order.
-    `running` is true while the source has not finished the prefill.
     """
 
     order: OrderId
@@ -225,7 +246,6 @@ class Announce(Message, frozen=True):
     first_block: int
     blocks: list[int]
     last: bool
-    running: bool
 
 
 class Renewed(Message, frozen=True):

@@ -1,0 +1,120 @@
+"""From vLLM's block events to our block names, and to the net change of the prefix cache. Pure.
+
+vLLM's own hash is only a key here: it is not reproducible across processes in every case.
+"""
+
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+import msgspec
+
+from vllm_llmd.kernels.hash_chain import ROOT, block_name
+from vllm_llmd.names import BlockName
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One or more blocks are cached, `parent` being the one before the first."""
+
+    hashes: tuple[Hashable, ...]
+    parent: Hashable | None
+    token_ids: Sequence[int]
+    salts: Sequence[object] | None
+
+
+@dataclass(frozen=True)
+class Removed:
+    """One cached copy of each of these is gone."""
+
+    hashes: tuple[Hashable, ...]
+
+
+@dataclass(frozen=True)
+class Cleared:
+    """Nothing is cached any more."""
+
+
+BlockEvent = Stored | Removed | Cleared
+
+
+@dataclass
+class NetChange:
+    """Clear if `cleared`, then remove, then store. `removed` and `stored` have nothing in common."""
+
+    cleared: bool = False
+    removed: set[BlockName] = field(default_factory=set)
+    stored: set[BlockName] = field(default_factory=set)
+
+    def __bool__(self) -> bool:
+        return self.cleared or bool(self.removed) or bool(self.stored)
+
+
+class BlockNamer:
+    """Follows one engine's block pool.
+
+    The pool may cache the same content in several blocks, and tells of each copy: a name is removed with its last.
+    """
+
+    def __init__(self, block_size: int) -> None:
+        self._block_size = block_size
+        self._names: dict[Hashable, BlockName] = {}
+        self._copies: dict[Hashable, int] = {}
+        self.unnamed = 0
+        """Blocks whose parent is unknown, so that they could not be named."""
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def name_of(self, block_hash: Hashable) -> BlockName | None:
+        """The name of a cached block, by vLLM's hash."""
+        return self._names.get(block_hash)
+
+    def apply(self, events: Iterable[BlockEvent]) -> NetChange:
+        """The net change of `events`, in order."""
+        change = NetChange()
+        for event in events:
+            match event:
+                case Stored():
+                    self._store(event, change)
+                case Removed():
+                    self._remove(event, change)
+                case Cleared():
+                    self._names.clear()
+                    self._copies.clear()
+                    change = NetChange(cleared=True)
+        return change
+
+    def _store(self, event: Stored, change: NetChange) -> None:
+        size = self._block_size
+        if len(event.token_ids) != size * len(event.hashes):
+            return  # a partial block: reachable inside vLLM, but not by name
+        parent = ROOT if event.parent is None else self._names.get(event.parent)
+        for i, block_hash in enumerate(event.hashes):
+            name = self._names.get(block_hash)
+            if name is None and parent is None:
+                self.unnamed += 1
+                continue
+            if name is None:
+                assert parent is not None
+                salt = b"" if not event.salts or not event.salts[i] else msgspec.msgpack.encode(event.salts[i])
+                name = block_name(parent, event.token_ids[i * size : (i + 1) * size], salt)
+                self._names[block_hash] = name
+                if name in change.removed:
+                    change.removed.discard(name)
+                else:
+                    change.stored.add(name)
+            self._copies[block_hash] = self._copies.get(block_hash, 0) + 1
+            parent = name
+
+    def _remove(self, event: Removed, change: NetChange) -> None:
+        for block_hash in event.hashes:
+            copies = self._copies.get(block_hash, 0)
+            if copies > 1:
+                self._copies[block_hash] = copies - 1
+            elif copies == 1:
+                del self._copies[block_hash]
+                name = self._names.pop(block_hash)
+                if name in change.stored:
+                    change.stored.discard(name)
+                else:
+                    change.removed.add(name)

@@ -1,0 +1,403 @@
+"""The I/O thread of one worker rank: owns its peer sockets and every call of the transport.
+
+Worker-to-worker ZeroMQ sockets carry announcements and renewals and block without polling; the transport carries
+bytes alone and is polled only while a read is in flight. The worker's own thread talks to it by `submit`, `take`
+and `wait`. It decides nothing: `Exchange` does.
+"""
+
+import logging
+import os
+import queue
+import threading
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import msgspec
+import zmq
+
+from vllm_llmd.clock import Clock
+from vllm_llmd.errors import ConfigError, TransferError, WireError
+from vllm_llmd.kv_connector.exchange import (
+    Act,
+    Caller,
+    Exchange,
+    ReadFrom,
+    SourceEndpoint,
+    ToDestination,
+    ToSource,
+)
+from vllm_llmd.kv_connector.layout import read_runs
+from vllm_llmd.kv_connector.lifecycle import Drained, Outcome, Unpin
+from vllm_llmd.kv_connector.report import WorkerReport
+from vllm_llmd.kv_connector.seal import Seal
+from vllm_llmd.kv_connector.steps import Fail, Finish, LoadOrder, Ready, Withdraw
+from vllm_llmd.kv_connector.transport import PeerName, ReadId, ReadPlan, ReadState, Transport
+from vllm_llmd.wire import Greet, Greeting, Members, PeerMessage, Refused, Regions, decode_link, decode_peer, encode
+
+logger = logging.getLogger(__name__)
+
+READ_POLL_S = 0.0005
+"""How often a running read is polled: often enough not to show, rarely enough to leave the cores to the model."""
+
+SERVE_POLL_MS = 1
+"""How often reads by others are helped along, and step events polled."""
+
+IDLE_POLL_MS = 1000
+BUSY_TICK_MS = 50
+"""How often deadlines are looked at while any order is alive."""
+
+Command = LoadOrder | Ready | Withdraw | Fail | Finish
+
+
+@dataclass(frozen=True)
+class PeerSettings:
+    """Who this rank is and where it listens."""
+
+    me: Caller
+    fingerprint: str
+    host: str
+    seal: Seal
+
+
+@dataclass
+class _Peer:
+    """A rank we read from."""
+
+    socket: zmq.Socket[bytes]
+    name: PeerName | None = None
+    regions: Regions | None = None
+    epoch: int | None = None
+
+
+@dataclass(frozen=True)
+class _Reading:
+    order: ReadFrom
+    bytes: int
+    started_ms: float
+
+
+class PeerIo:
+    """Start it once; `endpoint` is where other ranks find this one."""
+
+    def __init__(self, settings: PeerSettings, transport: Transport, regions: Regions, clock: Clock) -> None:
+        self._settings = settings
+        self._transport = transport
+        self._regions = regions
+        self._clock = clock
+        self._exchange = Exchange()
+        self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
+        self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._report = WorkerReport()
+        self._report_lock = threading.Lock()
+        self._something = threading.Event()
+        self._context = zmq.Context()
+        self._callers = self._context.socket(zmq.ROUTER)
+        self._callers.setsockopt(zmq.LINGER, 0)
+        self._callers.setsockopt(zmq.ROUTER_HANDOVER, 1)
+        port = self._callers.bind_to_random_port(f"tcp://{settings.host}")
+        self.endpoint = f"tcp://{settings.host}:{port}"
+        self._greeting = Greeting(
+            engine=settings.me.engine,
+            epoch=settings.me.epoch,
+            fingerprint=settings.fingerprint,
+            agent=transport.metadata(),
+            regions=regions,
+        )
+        unsigned = Greet(settings.me.engine, settings.me.epoch, settings.me.rank, settings.fingerprint)
+        self._greet_message = msgspec.structs.replace(unsigned, mac=settings.seal.sign(_greet_text(unsigned)))
+        self._peers: dict[SourceEndpoint, _Peer] = {}
+        self._identities: dict[Caller, bytes] = {}
+        self._known_callers: dict[bytes, Caller] = {}
+        self._reads: dict[ReadId, _Reading] = {}
+        self._unfinished_steps: list[Ready] = []
+        self._poller = zmq.Poller()
+        self._poller.register(self._callers, zmq.POLLIN)
+        self._poller.register(self._wake_fd, zmq.POLLIN)
+        self._thread = threading.Thread(target=self._run, name="llmd-peer-io", daemon=True)
+
+    # --- called from the worker's thread ----------------------------------------------------------------------
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def submit(self, commands: Iterable[Command]) -> None:
+        """Hand work over; returns at once."""
+        for command in commands:
+            self._commands.put(command)
+        os.eventfd_write(self._wake_fd, 1)
+
+    def take(self) -> WorkerReport | None:
+        """What has happened since the last call, or None."""
+        if not self._something.is_set():
+            return None
+        with self._report_lock:
+            report, self._report = self._report, WorkerReport()
+            self._something.clear()
+        return report
+
+    def wait(self, timeout_ms: float) -> None:
+        """Block until there is something to take, or for `timeout_ms`."""
+        self._something.wait(timeout_ms / 1000)
+
+    def check(self) -> None:
+        """Raises TransferError if the thread has died: nothing that waits for it would ever end."""
+        if not self._thread.is_alive():
+            raise TransferError("the KV transfer thread died; its last words are in the log above")
+
+    def close(self) -> None:
+        self._commands.put(None)
+        os.eventfd_write(self._wake_fd, 1)
+        self._thread.join(timeout=2)
+
+    # --- the thread -------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            while self._turn():
+                pass
+        except Exception:
+            logger.exception("llmd peer I/O of %s rank %d died", self._settings.me.engine, self._settings.me.rank)
+        finally:
+            self._context.destroy(linger=0)
+            self._transport.close()
+
+    def _turn(self) -> bool:
+        ready = dict(self._poller.poll(self._poll_ms()))
+        if self._wake_fd in ready:
+            os.eventfd_read(self._wake_fd)
+        if not self._obey():
+            return False
+        if self._callers in ready:
+            self._hear_callers()
+        for endpoint, peer in list(self._peers.items()):
+            if peer.socket in ready:
+                self._hear_source(endpoint, peer)
+        self._announce_finished_steps()
+        self._poll_reads()
+        if self._exchange.being_read:
+            self._transport.progress()
+        if self._exchange.busy:
+            self._do(self._exchange.tick(self._now()))
+        return True
+
+    def _poll_ms(self) -> int:
+        if self._reads:
+            time.sleep(READ_POLL_S)
+            return 0
+        if self._exchange.being_read or self._unfinished_steps:
+            return SERVE_POLL_MS
+        return BUSY_TICK_MS if self._exchange.busy else IDLE_POLL_MS
+
+    def _now(self) -> float:
+        return self._clock.now_ms()
+
+    def _obey(self) -> bool:
+        while True:
+            try:
+                command = self._commands.get_nowait()
+            except queue.Empty:
+                return True
+            match command:
+                case None:
+                    return False
+                case LoadOrder():
+                    self._load(command)
+                case Ready():
+                    self._unfinished_steps.append(command)
+                case Withdraw(caller=caller, order=order, reason=reason):
+                    self._do(self._exchange.withdrawn(self._of_this_rank(caller), order, reason))
+                case Fail(order=order, reason=reason):
+                    self._do(self._exchange.failed(order, reason, self._now()))
+                case Finish(order=order):
+                    self._do(self._exchange.source_finished(order, self._now()))
+
+    def _of_this_rank(self, caller: Caller) -> Caller:
+        return Caller(caller.engine, caller.epoch, self._settings.me.rank)
+
+    def _load(self, command: LoadOrder) -> None:
+        peer = self._peer(command.endpoint)
+        self._do(self._exchange.load(command.endpoint, command.spec, self._now()))
+        if peer.epoch is not None and peer.epoch != command.epoch:
+            self._do(self._exchange.failed(command.spec.order, "source restarted", self._now()))
+
+    def _peer(self, endpoint: SourceEndpoint) -> _Peer:
+        if endpoint in self._peers:
+            return self._peers[endpoint]
+        me = self._settings.me
+        socket = self._context.socket(zmq.DEALER)
+        socket.setsockopt(zmq.IDENTITY, f"{me.engine}:{me.epoch}:{me.rank}".encode())
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.setsockopt(zmq.RECONNECT_IVL, 100)
+        socket.setsockopt(zmq.RECONNECT_IVL_MAX, 2000)
+        socket.connect(endpoint)
+        self._poller.register(socket, zmq.POLLIN)
+        peer = self._peers[endpoint] = _Peer(socket)
+        self._post(socket, [encode(self._greet_message)])
+        return peer
+
+    def _leave(self, endpoint: SourceEndpoint) -> None:
+        """Forget a rank that is gone or refuses us; the next order to it starts afresh."""
+        if self._exchange.reads_from(endpoint):
+            return
+        peer = self._peers.pop(endpoint)
+        self._poller.unregister(peer.socket)
+        peer.socket.close()
+        if peer.name is not None:
+            self._transport.disconnect(peer.name)
+
+    def _post(self, socket: zmq.Socket[bytes], frames: list[bytes]) -> None:
+        """Send without blocking. What a full queue loses, its order's lease finds out."""
+        try:
+            socket.send_multipart(frames, zmq.NOBLOCK)
+        except zmq.Again:
+            logger.warning("llmd peer queue is full; a message is lost")
+
+    # --- messages ---------------------------------------------------------------------------------------------
+
+    def _hear_callers(self) -> None:
+        while True:
+            try:
+                identity, *frames = self._callers.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            try:
+                self._from_caller(identity, frames[-1] if frames else b"")
+            except WireError as error:
+                logger.error("llmd peer message refused: %s", error)
+                self._post(self._callers, [identity, encode(Refused(str(error)))])
+
+    def _from_caller(self, identity: bytes, frame: bytes) -> None:
+        if identity == b"link":
+            self._warm(frame)
+            return
+        message = decode_peer(frame)
+        if isinstance(message, Greet):
+            self._greet(identity, message)
+        elif identity in self._known_callers:
+            self._do(self._exchange.from_destination(self._known_callers[identity], message, self._now()))
+        else:
+            self._post(self._callers, [identity, encode(Refused("greet first: this engine has restarted"))])
+
+    def _warm(self, frame: bytes) -> None:
+        """Our own link tells who is in the fleet: connect now, rather than on the first request."""
+        message = decode_link(frame)
+        if not isinstance(message, Members):
+            return
+        me = self._settings.me
+        endpoints = {
+            SourceEndpoint(engine.workers[me.rank])
+            for engine in message.engines
+            if engine.id != me.engine and engine.fingerprint == self._settings.fingerprint
+        }
+        for endpoint in endpoints:
+            self._peer(endpoint)
+        for endpoint in set(self._peers) - endpoints:
+            self._leave(endpoint)
+
+    def _greet(self, identity: bytes, message: Greet) -> None:
+        reason = self._objection(message)
+        if reason is not None:
+            self._post(self._callers, [identity, encode(Refused(reason))])
+            return
+        caller = Caller(message.engine, message.epoch, message.rank)
+        self._identities[caller] = identity
+        self._known_callers[identity] = caller
+        self._post(self._callers, [identity, encode(self._greeting)])
+        self._do(self._exchange.greeted(caller))
+
+    def _objection(self, message: Greet) -> str | None:
+        if message.fingerprint != self._settings.fingerprint:
+            return f"engine {self._settings.me.engine} holds KV blocks of another kind than {message.engine}"
+        if not self._settings.seal.verifies(message.mac, _greet_text(message)):
+            return f"engine {message.engine} does not know this fleet's secret"
+        return None
+
+    def _hear_source(self, endpoint: SourceEndpoint, peer: _Peer) -> None:
+        while True:
+            try:
+                frame = peer.socket.recv(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            try:
+                self._from_source(endpoint, peer, decode_peer(frame))
+            except WireError as error:
+                logger.error("llmd peer %s: %s", endpoint, error)
+                self._do(self._exchange.source_lost(endpoint, str(error), self._now()))
+            if endpoint not in self._peers:
+                return
+
+    def _from_source(self, endpoint: SourceEndpoint, peer: _Peer, message: PeerMessage) -> None:
+        match message:
+            case Greeting(agent=agent, regions=regions, epoch=epoch):
+                try:
+                    peer.name = self._transport.connect(agent)
+                except TransferError as error:
+                    logger.error("llmd peer %s: %s", endpoint, error)
+                    self._do(self._exchange.source_lost(endpoint, str(error), self._now()))
+                    return
+                peer.regions, peer.epoch = regions, epoch
+            case Refused(reason=reason):
+                logger.error("llmd peer %s refuses: %s", endpoint, reason)
+                self._do(self._exchange.source_lost(endpoint, reason, self._now()))
+                self._leave(endpoint)
+            case _:
+                self._do(self._exchange.from_source(endpoint, message, self._now()))
+
+    # --- steps and reads --------------------------------------------------------------------------------------
+
+    def _announce_finished_steps(self) -> None:
+        """Announce in order; a range is announced only after the step that wrote it has passed on its stream."""
+        while self._unfinished_steps and self._unfinished_steps[0].step_done():
+            step = self._unfinished_steps.pop(0)
+            for announce in step.ranges:
+                caller = self._of_this_rank(announce.caller)
+                self._do(self._exchange.ready(caller, announce.message, announce.lease_ms, self._now()))
+
+    def _poll_reads(self) -> None:
+        for read_id, reading in list(self._reads.items()):
+            state = self._transport.poll(read_id)
+            if state is not ReadState.RUNNING:
+                del self._reads[read_id]
+                self._read_ended(reading, ok=state is ReadState.FINISHED)
+
+    def _read_ended(self, reading: _Reading, ok: bool) -> None:
+        read = reading.order.read
+        now_ms = self._now()
+        if ok:
+            with self._report_lock:
+                self._report.read(reading.bytes, now_ms - reading.started_ms)
+        self._do(self._exchange.read_finished(read.order, read.seq, ok, now_ms))
+
+    def _start_read(self, act: ReadFrom) -> None:
+        peer = self._peers[act.endpoint]
+        started_ms = self._now()
+        try:
+            if peer.name is None or peer.regions is None:
+                raise TransferError(f"{act.endpoint} announced blocks before it greeted")
+            local, remote = read_runs(self._regions, peer.regions, act.read.pairs)
+            plan = ReadPlan(peer.name, local, remote, self._regions.memory, peer.regions.memory)
+            read_id = self._transport.start_read(plan)
+        except (TransferError, ConfigError) as error:
+            logger.error("llmd order %s: %s", act.read.order, error)
+            self._do(self._exchange.read_finished(act.read.order, act.read.seq, False, self._now()))
+            return
+        self._reads[read_id] = _Reading(act, plan.bytes, started_ms)
+
+    def _do(self, acts: list[Act]) -> None:
+        for act in acts:
+            match act:
+                case ToSource(endpoint, message):
+                    self._post(self._peers[endpoint].socket, [encode(message)])
+                case ToDestination(caller, message):
+                    self._post(self._callers, [self._identities[caller], encode(message)])
+                case ReadFrom():
+                    self._start_read(act)
+                case Outcome() | Drained() | Unpin():
+                    with self._report_lock:
+                        self._report.add(act)
+                    self._something.set()
+
+
+def _greet_text(message: Greet) -> str:
+    return f"greet {message.engine} {message.epoch} {message.rank} {message.fingerprint}"

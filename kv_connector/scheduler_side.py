@@ -1,0 +1,234 @@
+"""The connector inside the engine core: plans each step, follows the block pool, tells the router. Engine thread."""
+
+import logging
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vllm_llmd.kv_connector.block_names import BlockNamer
+from vllm_llmd.kv_connector.lifecycle import Outcome
+from vllm_llmd.kv_connector.link import EngineLink, LinkSettings
+from vllm_llmd.kv_connector.load import LoadCounter
+from vllm_llmd.kv_connector.orders import OrderClient
+from vllm_llmd.kv_connector.placing import OrderPolicy, Placing, hint_of
+from vllm_llmd.kv_connector.report import WorkerReport
+from vllm_llmd.kv_connector.seal import Seal
+from vllm_llmd.kv_connector.serving import PinBook, Serving
+from vllm_llmd.kv_connector.stats import TransferCounts
+from vllm_llmd.kv_connector.steps import StepPlan
+from vllm_llmd.kv_connector.vllm_compat import BlockPoolView, EngineFacts, event_hashes, to_block_events
+from vllm_llmd.kv_connector.warmer import Warmer
+from vllm_llmd.names import EngineId, Epoch, OrderId, RequestId
+from vllm_llmd.settings import EngineSettings
+from vllm_llmd.wire import EngineInfo, Load
+
+logger = logging.getLogger(__name__)
+
+IDLE_WAIT_MS = 5.0
+"""How long a worker may block for I/O in a step that computes nothing; a new request waits as long at worst."""
+
+
+@dataclass(frozen=True)
+class RankIntroduction:
+    """What a worker rank tells the scheduler side at start."""
+
+    endpoint: str
+    epoch: Epoch
+
+
+class SchedulerSide:
+    """Call order at start: construct, `bind`, `introduce`. Then, per step: `plan_step`, `take_report`."""
+
+    def __init__(self, facts: EngineFacts, settings: EngineSettings, http: str) -> None:
+        self._facts = facts
+        self._settings = settings
+        self._http = http
+        self._namer = BlockNamer(facts.block_size)
+        self._load = LoadCounter()
+        self._requests: dict[RequestId, Any] = {}
+        self._unseen: dict[RequestId, str] = {}
+        self._outcomes: dict[RequestId, list[Outcome]] = {}
+        self._quarantine: dict[OrderId, list[Any]] = {}
+        self._handed_on: list[Any] = []
+        self._counts = TransferCounts()
+
+    def bind(self, pool: BlockPoolView) -> None:
+        """The block pool exists."""
+        self._pool = pool
+
+    def introduce(self, ranks: Sequence[RankIntroduction]) -> None:
+        """The workers are up: join the fleet."""
+        facts, settings = self._facts, self._settings
+        epoch = ranks[0].epoch
+        info = EngineInfo(
+            id=EngineId(facts.id),
+            epoch=epoch,
+            role=facts.role,
+            http=self._http,
+            models=list(facts.models),
+            block_size=facts.block_size,
+            num_blocks=facts.num_blocks,
+            max_model_len=facts.max_model_len,
+            fingerprint=facts.fingerprint,
+            workers=[rank.endpoint for rank in ranks],
+            labels=settings.labels,
+        )
+        self._warmer = Warmer(info.workers)
+        link = LinkSettings(info, settings.routers, self.read_load, tuple(settings.peers), self._warmer.members_changed)
+        self._link = EngineLink(link)
+        policy = OrderPolicy(
+            me=info.id,
+            epoch=epoch,
+            fingerprint=facts.fingerprint,
+            tp_size=facts.tp_size,
+            block_size=facts.block_size,
+            min_order_tokens=settings.min_order_tokens,
+            lease_ms=settings.lease_ms,
+            seal=Seal(settings.secret),
+        )
+        self._client = OrderClient(settings.api_key)
+        self._placing = Placing(policy, self._client, self._link.members)
+        self._pins = PinBook(self._pool, facts.tp_size)
+        self._serving = Serving(policy, self._pool, self._pins)
+        self._link.start()
+        logger.info("llmd engine %s (%s) at %s, workers %s", info.id, info.role, info.http, info.workers)
+
+    # --- requests ---------------------------------------------------------------------------------------------
+
+    def new_request(self, request: Any) -> None:
+        self._requests[request.request_id] = request
+        self._load.arrived(request.request_id, request.num_prompt_tokens)
+        name = hint_of(request).get("request")
+        if isinstance(name, str):
+            self._unseen[request.request_id] = name
+        self._serving.arrived(request)
+
+    def tokens_to_load(self, request: Any, computed: int) -> int:
+        return self._placing.tokens_to_load(request, computed)
+
+    def allocated(self, request: Any, tokens: int) -> None:
+        """vLLM has allocated blocks, `tokens` of them to be loaded."""
+        if tokens > 0:
+            block_ids = [block.block_id for block in self._pool.blocks_of(request.request_id)]
+            self._placing.allocated(request, tokens, block_ids)
+
+    def request_finished(self, request: Any) -> dict[str, Any] | None:
+        """Returns `kv_transfer_params` for the response, or None."""
+        self._requests.pop(request.request_id, None)
+        self._unseen.pop(request.request_id, None)
+        self._load.ended(request.request_id)
+        self._placing.finished(request)
+        return self._serving.finished(request)
+
+    # --- steps ------------------------------------------------------------------------------------------------
+
+    def plan_step(self, scheduled: Mapping[str, int]) -> StepPlan:
+        """News for the workers, for the step that computes `scheduled` tokens per request."""
+        self._load.step_began(time.monotonic() * 1000, bool(scheduled))
+        self._follow_pool()
+        plan = StepPlan()
+        self._placing.fill(plan)
+        self._serving.fill(plan, scheduled)
+        for request_id, tokens in scheduled.items():
+            self._note_progress(request_id, tokens)
+        if not scheduled and (self._placing or self._pins or self._quarantine):
+            plan.wait_ms = IDLE_WAIT_MS
+        self._update_load()
+        return plan
+
+    def take_report(self, report: WorkerReport | None, received: Iterable[str]) -> None:
+        """The step has run; `received` are the requests whose loads have ended at every rank."""
+        self._load.step_ended(time.monotonic() * 1000)
+        if report is not None:
+            self._pins.release(report.unpinned)
+            for outcome in report.outcomes:
+                self._outcomes.setdefault(outcome.request, []).append(outcome)
+                self._hold(outcome.order, outcome.quarantined)
+            for drained in report.drained:
+                self._let_go(drained.order, drained.blocks)
+            self._counts.read(report)
+        for request_id in received:
+            self._load_ended(RequestId(request_id))
+
+    def _load_ended(self, request_id: RequestId) -> None:
+        outcomes = self._outcomes.pop(request_id, [])
+        request = self._requests.get(request_id)
+        if request is not None and any(outcome.quarantined for outcome in outcomes):
+            self._pool.restart_load(request)
+        reason = next((outcome.reason for outcome in outcomes if outcome.reason is not None), None)
+        self._placing.ended(request_id, reason)
+        if outcomes:
+            self._counts.ended(outcomes)
+
+    def _hold(self, order: OrderId, block_ids: Sequence[int]) -> None:
+        """Reads that outlived their order may still write these blocks: nobody else may have them."""
+        if block_ids:
+            blocks = self._pool.blocks_by_id(block_ids)
+            self._pool.pin(blocks)
+            self._quarantine.setdefault(order, []).extend(blocks)
+
+    def _let_go(self, order: OrderId, block_ids: Sequence[int]) -> None:
+        held = self._quarantine.pop(order, [])
+        for block_id in block_ids:
+            block = next((block for block in held if block.block_id == block_id), None)
+            if block is not None:
+                held.remove(block)
+                self._pool.unpin([block])
+        if held:
+            self._quarantine[order] = held
+
+    @property
+    def keep_stepping(self) -> bool:
+        """Whether the engine loop must go on though no request does: pins are released by steps alone."""
+        return bool(self._pins or self._quarantine or self._serving.has_news)
+
+    # --- the router -------------------------------------------------------------------------------------------
+
+    def _follow_pool(self) -> None:
+        events = self._pool.take_events()
+        if not events:
+            return
+        if self._pool.published:
+            self._handed_on += events
+        change = self._namer.apply(to_block_events(events))
+        if change:
+            self._link.publish(change.cleared, list(change.removed), list(change.stored))
+
+    def take_events(self) -> list[Any]:
+        """Block events that vLLM's own publisher has not seen."""
+        events, self._handed_on = self._handed_on, []
+        return events
+
+    def _note_progress(self, request_id: str, tokens: int) -> None:
+        request = self._requests.get(RequestId(request_id))
+        if request is None:
+            return
+        left = request.num_prompt_tokens - request.num_computed_tokens - tokens
+        self._load.scheduled(request.request_id, left)
+        if left <= 0 and request.request_id in self._unseen:
+            full_blocks = request.num_prompt_tokens // self._facts.block_size
+            names = [self._namer.name_of(block_hash) for block_hash in event_hashes(request, full_blocks)]
+            known = names[: names.index(None)] if None in names else names
+            name = self._unseen.pop(request.request_id)
+            self._link.seen(name, request.num_prompt_tokens, [n for n in known if n is not None])
+
+    def _update_load(self) -> None:
+        self._load.waiting_for_kv = len(self._placing)
+        self._load.pinned_blocks = self._pins.blocks
+        self._load.orders_placed = self._placing.count
+        self._load.orders_served = self._serving.count
+
+    def read_load(self) -> Load:
+        """The load now; called from the link thread."""
+        return self._load.read(self._pool.free_blocks())
+
+    def take_counts(self) -> TransferCounts | None:
+        """Counts since the last call, or None if nothing was counted."""
+        counts, self._counts = self._counts, TransferCounts()
+        counts.fallbacks = self._placing.take_fallbacks()
+        return counts if counts else None
+
+    def close(self) -> None:
+        self._link.close()
+        self._client.close()
