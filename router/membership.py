@@ -90,11 +90,15 @@ class Membership:
         return [engine.info for engine in self._engines.values()]
 
     def standing(self, engine: EngineId, epoch: Epoch) -> Standing:
-        """Whether messages of this life are to be believed."""
+        """Whether messages of this life are to be believed. Former only counts while the current life is heard of:
+        which of two lives is the later one is a guess from who came last.
+        """
         known = self._engines.get(engine)
-        if known is not None and known.info.epoch == epoch:
+        if known is None:
+            return "unknown"
+        if known.info.epoch == epoch:
             return "current"
-        return "former" if epoch in self._former.get(engine, ()) else "unknown"
+        return "former" if known.state is not State.STALE and epoch in self._former[engine] else "unknown"
 
     def join(self, info: EngineInfo, now_ms: float) -> bool:
         """Takes a Hello of a current or unknown life in. True if this is a new life (its index starts empty)."""
@@ -105,8 +109,9 @@ class Membership:
                 known.info = info
                 self.changed = True
             return False
+        former = self._former.setdefault(info.id, deque(maxlen=FORMER_EPOCHS_KEPT))
         if known is not None:
-            self._former.setdefault(info.id, deque(maxlen=FORMER_EPOCHS_KEPT)).append(known.info.epoch)
+            former.append(known.info.epoch)
         self._engines[info.id] = Engine(info, State.JOINING, now_ms)
         self.changed = True
         return True
@@ -130,9 +135,7 @@ class Membership:
 
     def left(self, engine: EngineId) -> None:
         """The engine said goodbye; its life is over."""
-        known = self._engines[engine]
-        self._former.setdefault(engine, deque(maxlen=FORMER_EPOCHS_KEPT)).append(known.info.epoch)
-        self._on(known, Event.LEFT)
+        self._on(self._engines[engine], Event.LEFT)
 
     def tick(self, now_ms: float) -> list[EngineId]:
         """Ages everyone. Returns who is gone. Time in which this router itself stood still counts for nobody."""
@@ -156,6 +159,6 @@ class Membership:
             return False
         engine.state = state
         if state is State.GONE:
-            del self._engines[engine.info.id]
+            del self._engines[engine.info.id], self._former[engine.info.id]
             self.changed = True
         return True

@@ -1,0 +1,287 @@
+"""The two pure ends of the link, engine's and router's, over a network that loses, doubles and reorders."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vllm_llmd import wire
+from vllm_llmd.errors import MalformedMessageError
+from vllm_llmd.kernels.hash_chain import chain_names
+from vllm_llmd.kv_connector import link
+from vllm_llmd.kv_connector.link import Change, Dialogue, Mirror, Say
+from vllm_llmd.names import BlockName, EngineId, Epoch
+from vllm_llmd.router.fleet import Fleet, Reply
+from vllm_llmd.router.membership import State
+from vllm_llmd.router.request import read_facts
+from vllm_llmd.router.settings import RouterSettings
+from vllm_llmd.testing.clock import FakeClock
+
+A = EngineId("a")
+SENDER = b"a"
+NAMES = {BlockName(name) for name in range(16)}
+SETTINGS = RouterSettings()
+
+
+def info(epoch: int = 1, engine: EngineId = A, **fields: object) -> wire.EngineInfo:
+    plain = wire.EngineInfo(engine, Epoch(epoch), "both", "http://h", ["m"], 2, 99, 99, "f", [])
+    return msgspec.structs.replace(plain, **fields)
+
+
+def sender(message: wire.Message) -> bytes:
+    """As the link does it: an identity for each life."""
+    return b"a#%d" % (message.engine.epoch if isinstance(message, wire.Hello) else message.epoch)
+
+
+@dataclass
+class Wire:
+    """One engine and one router; what each has sent and the other has not received yet."""
+
+    clock: FakeClock = field(default_factory=FakeClock)
+    lives: int = 1
+    up: list[wire.Message] = field(default_factory=list)
+    down: list[Reply] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.start_router()
+        self.start_engine()
+
+    def start_router(self) -> None:
+        self.fleet = Fleet(SETTINGS, self.clock, f"router {self.lives}")
+        self.lives += 1
+
+    def start_engine(self) -> None:
+        self.info = info(self.lives)
+        self.lives += 1
+        self.mirror, self.dialogue = Mirror(self.info), Dialogue(self.info, hello_due_ms=self.clock.now_ms())
+
+    def change(self, change: Change) -> None:
+        message = self.mirror.change(change)
+        if self.dialogue.welcomed:
+            self.up.append(message)
+
+    def pass_time(self, ms: float) -> None:
+        self.clock.advance(ms)
+        self.down += self.fleet.tick()
+        self.pay(self.dialogue.due(self.clock.now_ms()))
+
+    def deliver_up(self, at: int) -> None:
+        message = self.up.pop(at)
+        self.down += self.fleet.on_message(sender(message), wire.decode_link(wire.encode(message)))
+
+    def deliver_down(self, at: int) -> None:
+        reply = self.down.pop(at)
+        if reply.to != sender(wire.Hello(self.info)):
+            return  # for a life that has ended
+        message = wire.decode_link(wire.encode(reply.message))
+        self.pay(self.dialogue.on(message, self.clock.now_ms()))
+
+    def pay(self, owed: set[Say]) -> None:
+        if Say.HELLO in owed:
+            self.up.append(wire.Hello(self.info))
+        if Say.SNAPSHOT in owed:
+            self.up.extend(self.mirror.snapshot())
+        if Say.HEARTBEAT in owed:
+            beat = wire.Heartbeat(A, self.info.epoch, self.mirror.seq, len(self.mirror.held), wire.Load())
+            self.up.append(beat)
+
+    def flow(self) -> None:
+        """Delivers everything, in order, until nobody has anything to say."""
+        while self.up or self.down:
+            if self.up:
+                self.deliver_up(0)
+            if self.down:
+                self.deliver_down(0)
+
+    def settle(self) -> None:
+        """A while without loss."""
+        for _ in range(60):
+            self.flow()
+            self.pass_time(500)
+        self.flow()
+
+
+STEPS = [
+    *(["change"] * 8),
+    *(["up"] * 8),
+    *(["down"] * 8),
+    *(["time"] * 3),
+    *(["lose up", "lose down", "double up", "late up"] * 2),
+    *("flow", "router dies", "engine dies", "connection breaks"),
+]
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.integers(0, 2**64).map(random.Random), st.sampled_from([0, 1, 2, 4]))
+def test_whatever_the_network_did_the_index_ends_up_exact(rng: random.Random, names_per_change: int) -> None:
+    net, parts = Wire(), link.NAMES_PER_PART
+    link.NAMES_PER_PART = 3  # so that snapshots have several parts
+    try:
+        for _ in range(100):
+            play(net, rng.choice(STEPS), rng, names_per_change)
+        net.settle()
+    finally:
+        link.NAMES_PER_PART = parts
+    engine = net.fleet.membership.get(A)
+    assert engine is not None and engine.state is State.READY
+    assert engine.info.epoch == net.info.epoch
+    assert set(net.fleet.index.held(A)) == net.mirror.held
+
+
+def play(net: Wire, step: str, rng: random.Random, names_per_change: int) -> None:
+    up, down = rng.randrange(len(net.up) or 1), rng.randrange(len(net.down) or 1)
+    match step:
+        case "change":  # as many stored as removed: the count of blocks alone must not be what heals
+            held, free = sorted(net.mirror.held), sorted(NAMES - net.mirror.held)
+            removed = rng.sample(held, min(names_per_change, len(held)))
+            stored = rng.sample(free, min(max(len(removed), 8 - len(held)), len(free)))
+            net.change(Change(rng.random() < 0.05, removed, stored))
+        case "up" if net.up:
+            net.deliver_up(0)
+        case "down" if net.down:
+            net.deliver_down(0)
+        case "lose up" if net.up:
+            del net.up[up]
+        case "lose down" if net.down:
+            del net.down[down]
+        case "double up" if net.up:
+            net.up.insert(up, net.up[up])
+        case "late up" if net.up:
+            net.up.append(net.up.pop(up))
+        case "time":
+            net.pass_time(rng.choice([100, 500, 2500]))
+        case "flow":
+            net.flow()
+        case "router dies":
+            net.down.clear()
+            net.start_router()
+        case "engine dies":
+            net.down.clear()
+            net.start_engine()
+        case "connection breaks":
+            net.up.clear()
+            net.down.clear()
+
+
+@pytest.fixture
+def net() -> Wire:
+    net = Wire()
+    net.change(Change(False, [], [BlockName(1), BlockName(2)]))
+    net.settle()
+    return net
+
+
+def reasons(replies: Sequence[Reply]) -> list[str]:
+    return [reply.message.reason for reply in replies if isinstance(reply.message, wire.SnapshotWanted)]
+
+
+def beat(net: Wire, seq: int, blocks: int) -> list[str]:
+    return reasons(net.fleet.on_message(SENDER, wire.Heartbeat(A, net.info.epoch, seq, blocks, wire.Load())))
+
+
+def test_a_heartbeat_that_agrees_asks_for_nothing(net: Wire) -> None:
+    assert beat(net, 1, 2) == []
+
+
+def test_a_heartbeat_ahead_of_the_changes_shows_a_lost_tail(net: Wire) -> None:
+    assert beat(net, 2, 2) == ["lost tail"]
+
+
+def test_a_heartbeat_with_another_count_shows_drift(net: Wire) -> None:
+    assert beat(net, 1, 3) == ["drift"]
+
+
+def test_a_snapshot_that_does_not_come_is_asked_for_again_but_not_at_once(net: Wire) -> None:
+    assert beat(net, 2, 2) == ["lost tail"]
+    assert beat(net, 2, 2) == []
+    net.clock.advance(SETTINGS.snapshot_retry_ms)
+    assert beat(net, 2, 2) == ["no snapshot yet"]
+
+
+def test_a_change_that_comes_twice_counts_once_and_asks_for_nothing(net: Wire) -> None:
+    change = wire.BlocksChanged(A, net.info.epoch, 2, False, b"", wire.pack_names([BlockName(3)]))
+    assert reasons([*net.fleet.on_message(SENDER, change), *net.fleet.on_message(SENDER, change)]) == []
+    assert beat(net, 2, 3) == []
+
+
+def test_changes_that_overtake_the_snapshot_are_kept_for_after_it(net: Wire) -> None:
+    """Snapshot as of 3; changes 2 and 4 came before it: 2 is part of it, 4 comes on top."""
+    for seq in (4, 2):
+        stored = wire.pack_names([BlockName(seq)])
+        net.fleet.on_message(SENDER, wire.BlocksChanged(A, net.info.epoch, seq, False, b"", stored))
+    snapshot = wire.Snapshot(A, net.info.epoch, 3, 0, 1, wire.pack_names([BlockName(7)]))
+    assert reasons(net.fleet.on_message(SENDER, snapshot)) == []
+    assert set(net.fleet.index.held(A)) == {4, 7}
+    assert beat(net, 4, 2) == []
+
+
+def test_parts_of_different_snapshots_are_never_mixed(net: Wire) -> None:
+    beat(net, 9, 0)
+    for seq, part, name in ((9, 0, 1), (10, 1, 2), (9, 1, 3), (10, 0, 4)):
+        names = wire.pack_names([BlockName(name)])
+        net.fleet.on_message(SENDER, wire.Snapshot(A, net.info.epoch, seq, part, 2, names))
+    assert set(net.fleet.index.held(A)) == {2, 4}
+
+
+def test_an_engine_stays_ready_while_a_gap_is_healed(net: Wire) -> None:
+    beat(net, 2, 2)
+    assert [engine.info.id for engine in net.fleet.membership.ready()] == [A]
+
+
+def test_an_unknown_engine_is_asked_for_a_hello_and_a_former_life_is_refused(net: Wire) -> None:
+    stranger = wire.Heartbeat(EngineId("b"), Epoch(1), 0, 0, wire.Load())
+    assert isinstance(net.fleet.on_message(b"b", stranger)[0].message, wire.HelloWanted)
+    former = net.info.epoch
+    net.start_engine()
+    net.settle()
+    for message in (wire.Hello(info(former)), wire.BlocksChanged(A, former, 9, True, b"", b"")):
+        [reply] = net.fleet.on_message(b"old", message)
+        assert isinstance(reply.message, wire.Refused) and "later life" in reply.message.reason
+
+
+def test_a_message_for_engines_is_malformed_for_a_router(net: Wire) -> None:
+    with pytest.raises(MalformedMessageError, match="Welcome"):
+        net.fleet.on_message(SENDER, wire.Welcome("r", 1))
+
+
+def test_names_that_are_not_whole_change_nothing(net: Wire) -> None:
+    with pytest.raises(MalformedMessageError):
+        net.fleet.on_message(SENDER, wire.BlocksChanged(A, net.info.epoch, 2, True, b"", b"123"))
+    assert len(net.fleet.index.held(A)) == 2
+
+
+def test_a_hello_with_no_block_size_is_refused(net: Wire) -> None:
+    [reply] = net.fleet.on_message(b"b", wire.Hello(info(engine=EngineId("b"), block_size=0)))
+    assert isinstance(reply.message, wire.Refused)
+
+
+def test_members_are_published_once_per_change_to_everyone(net: Wire) -> None:
+    net.fleet.members_to_publish()
+    assert net.fleet.members_to_publish() == []
+    net.fleet.on_message(b"b", wire.Hello(info(engine=EngineId("b"))))
+    assert {reply.to for reply in net.fleet.members_to_publish()} == {sender(wire.Hello(net.info)), b"b"}
+    assert net.fleet.members_to_publish() == []
+
+
+def test_goodbye_takes_everything_of_the_engine_away(net: Wire) -> None:
+    assert net.fleet.on_message(SENDER, wire.Goodbye(A, net.info.epoch)) == []
+    assert not net.fleet.index.held(A) and not net.fleet.membership.all()
+    assert net.fleet.members_to_publish() == []
+
+
+@pytest.mark.parametrize(("model", "salt", "blocks"), [("m", None, 2), ("adapter", None, 0), ("m", "s", 0)])
+def test_only_plain_token_prompts_of_the_base_model_are_matched_by_their_tokens(
+    model: str, salt: str | None, blocks: int
+) -> None:
+    fleet = Fleet(SETTINGS, FakeClock(), "r")
+    mine = info(models=["m", "adapter"])
+    fleet.on_message(SENDER, wire.Hello(mine))
+    names = wire.pack_names(chain_names([1, 2, 3, 4], 2))
+    fleet.on_message(SENDER, wire.Snapshot(A, mine.epoch, 0, 0, 1, names))
+    facts = read_facts("completion", {"model": model, "prompt": [1, 2, 3, 4, 5], "cache_salt": salt})
+    [candidate] = fleet.candidates(facts, fleet.cut(facts))
+    assert candidate.prefix_blocks == blocks
