@@ -1,0 +1,121 @@
+# `make demo` and `make test` need Python 3.11 to 3.13 and nothing else: each makes .venv, installs from the lock
+# files, builds its model and runs. What is done already is skipped. `make help` lists the rest.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+
+SUITABLE := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
+	$$p -c '$(SUITABLE)' 2>/dev/null && echo $$p && break; done)
+
+VENV := .venv
+PY := $(VENV)/bin/python
+LOCKS := requirements/cpu.txt requirements/dev.txt
+MADE := $(VENV)/.made
+LOCKED := $(VENV)/.locked
+READY := $(VENV)/.ready
+TINY := .models/tiny
+SMOLLM2 := .models/smollm2
+LOGS := .logs/demo
+PYTEST := $(PY) -m pytest
+
+# Without this, running from here puts the checkout on sys.path, and transformers takes our kernels/ for its own.
+export PYTHONSAFEPATH := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test check lint format test-unit test-engine test-gpu model model-tiny model-smollm2 install lock dist \
+	clean distclean help
+
+demo: $(READY) $(SMOLLM2)/.made ## two real engines, a router, one chat: ends with one line of JSON
+	@rm -rf $(LOGS)
+	@$(PY) -m vllm_llmd.demo --model $(SMOLLM2) --log-dir $(LOGS)
+
+test: $(READY) $(TINY)/.made ## every test, real engines on a tiny model included
+	$(PYTEST) tests
+
+check: lint test-unit ## lint and the fast tests: no engine is started
+
+lint: $(READY) ## ruff and mypy
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+format: $(READY) ## let ruff rewrite what it can
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+test-unit: $(READY) ## logic, contracts and the router's process, without an engine
+	$(PYTEST) $(wildcard tests/unit tests/contract tests/process)
+
+test-engine: $(READY) $(TINY)/.made ## real vLLM engines on the tiny model
+	$(PYTEST) $(wildcard tests/engine)
+
+test-gpu: $(READY) ## what needs a GPU; skips what it cannot run
+	$(if $(wildcard tests/gpu/test_*.py),$(PYTEST) tests/gpu,@echo "there are no GPU tests yet")
+
+model: model-tiny model-smollm2 ## both model directories, in .models/
+
+model-tiny: $(TINY)/.made
+model-smollm2: $(SMOLLM2)/.made
+
+install: $(READY) ## .venv with everything that demo and test need
+
+$(MADE):
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.11, 3.12 or 3.13 found; say: make PYTHON=/path/to/python" >&2; exit 1; }
+	@$(PYTHON) -c '$(SUITABLE)' || { echo "error: $(PYTHON) is not Python 3.11, 3.12 or 3.13" >&2; exit 1; }
+	@test -x $(VENV)/bin/pip || { echo "Making $(VENV) with $(PYTHON)"; $(PYTHON) -m venv $(VENV); }
+	@touch $@
+
+$(LOCKED): $(LOCKS) | $(MADE)
+	@echo "Installing the locked packages into $(VENV): some minutes on the first run"
+	@$(PY) -m pip install --no-input --no-deps $(addprefix -r ,$(LOCKS)) || { cat >&2 <<< "$$PIP_HINT"; exit 1; }
+	@touch $@
+
+$(READY): $(LOCKED) pyproject.toml setup.py
+	@$(PY) -m pip install --no-input --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+$(TINY)/.made: vllm_llmd/model.py | $(READY)
+	@rm -rf $(TINY)
+	@$(PY) -m vllm_llmd.model $(TINY) --kind tiny
+	@touch $@
+
+$(SMOLLM2)/.made: vllm_llmd/model.py | $(READY)
+	@rm -rf $(SMOLLM2)
+	@$(PY) -m vllm_llmd.model $(SMOLLM2) --kind smollm2
+	@touch $@
+
+# uv does not read pip's configuration: what pip knows of other package sources is handed on.
+UV_COMPILE = UV_FIND_LINKS="$${UV_FIND_LINKS:-$${PIP_FIND_LINKS:-}}" \
+	UV_EXTRA_INDEX_URL="$${UV_EXTRA_INDEX_URL:-$${PIP_EXTRA_INDEX_URL:-}}" \
+	$(VENV)/bin/uv pip compile --quiet --python-version 3.11 --no-header --no-annotate $(UPGRADE)
+
+lock: $(READY) ## pin anew what requirements/*.in ask for; UPGRADE=--upgrade takes the newest of everything
+	$(UV_COMPILE) --overrides requirements/overrides.txt requirements/cpu.in -o requirements/cpu.txt
+	$(UV_COMPILE) --constraints requirements/cpu.txt requirements/dev.in -o requirements/dev.txt
+	$(UV_COMPILE) --constraints requirements/cpu.txt requirements/router.in -o requirements/router.txt
+
+dist: $(READY) ## sdist and wheel, in dist/
+	rm -rf build dist
+	$(PY) -m build --no-isolation
+
+clean: ## remove what builds and test runs leave behind; keeps .venv and .models
+	rm -rf build dist .logs *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage*
+	find vllm_llmd router kv_connector kernels tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean ## remove .venv and .models too
+	rm -rf $(VENV) .models
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+define PIP_HINT
+
+error: pip could not install the locked packages.
+If it found no torch==2.13.0+cpu: that build is not on PyPI but on PyTorch's own index of CPU wheels.
+Tell pip of that index, for example by PIP_EXTRA_INDEX_URL, and run make again.
+endef
+export PIP_HINT
