@@ -242,7 +242,7 @@ async def test_what_a_client_may_not_send_does_not_reach_the_engine(site: Site) 
     assert received.headers["x-custom"] == "kept"
 
 
-@pytest.mark.parametrize("behaviour", [Behaviour.FAIL, Behaviour.RESET])
+@pytest.mark.parametrize("behaviour", [Behaviour.FAIL, Behaviour.RESET, Behaviour.RESET_AFTER_HEADERS])
 async def test_an_engine_that_fails_before_its_first_byte_is_retried_elsewhere(
     site: Site, behaviour: Behaviour
 ) -> None:
@@ -442,3 +442,18 @@ async def test_with_a_key_set_a_client_must_send_it(site: Site) -> None:
     async with site.post(chat("hello"), headers=key) as response:
         assert response.status == 200
     assert engine.requests
+
+
+def test_the_router_needs_neither_torch_nor_vllm() -> None:
+    program = (
+        "import sys, vllm_llmd.router.main;"
+        "sys.exit(str({'torch', 'vllm', 'vllm_llmd.kv_connector', 'nixl'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | {"PYTHONSAFEPATH": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stderr.strip() == "set()"

@@ -19,11 +19,14 @@ from vllm_llmd.kv_connector.link import EngineLink, LinkSettings
 from vllm_llmd.names import BlockName, EngineId, Epoch, Role
 from vllm_llmd.wire import EngineInfo, Load
 
+_BARE_HEADERS = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+
 
 class Behaviour(Enum):
     ANSWER = "answer"
     FAIL = "answer with status 500"
     RESET = "close the connection before the first byte"
+    RESET_AFTER_HEADERS = "say 200, then close the connection before the first byte"
     STALL = "never answer"
     STALL_MIDWAY = "stop after the first chunk, for ever"
     DIE_MIDWAY = "close the connection after the first chunk"
@@ -129,6 +132,11 @@ class FakeEngine:
                 await asyncio.Event().wait()
             case Behaviour.RESET:
                 _abort(request)
+                return web.Response()
+            case Behaviour.RESET_AFTER_HEADERS:
+                assert request.transport is not None
+                request.transport.write(_BARE_HEADERS)
+                request.transport.close()
                 return web.Response()
         body = received.body
         self._cache(body)
