@@ -1,0 +1,205 @@
+"""The arrows between our files, and where each third party lives. Reads the source; imports nothing of it."""
+
+import ast
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDERS = ("vllm_llmd", "kv_connector", "router", "kernels")
+TOP_LEVEL = ("kernels", "kv_connector", "router")
+"""Folders that are packages inside `vllm_llmd`, and must not be imported by their bare names."""
+
+VALUES = ("names", "wire", "errors", "clock", "settings")
+"""Modules of `vllm_llmd` that everything may import, and that import nothing but each other."""
+
+IO = {
+    "socket", "select", "selectors", "zmq", "aiohttp", "asyncio", "threading", "multiprocessing", "subprocess", "time",
+    "os", "signal", "queue", "secrets", "tempfile", "shutil", "urllib", "http", "ssl", "sched",
+}  # fmt: skip
+
+PURE = (
+    "kv_connector/lifecycle.py",
+    "kv_connector/lease.py",
+    "kv_connector/layout.py",
+    "kv_connector/exchange.py",
+    "kv_connector/block_names.py",
+    "kv_connector/report.py",
+    "kv_connector/steps.py",
+    "kv_connector/stats.py",
+    "kv_connector/load.py",
+    "kv_connector/seal.py",
+    "kv_connector/transport.py",
+    "router/prefix_index.py",
+    "router/text_index.py",
+    "router/membership.py",
+    "router/cursor.py",
+    "router/fleet.py",
+    "router/picker.py",
+    "router/costs.py",
+    "router/decide.py",
+    "router/request.py",
+    "router/rewrite.py",
+    "vllm_llmd/names.py",
+    "vllm_llmd/errors.py",
+    "vllm_llmd/wire.py",
+)
+
+HOMES: dict[str, tuple[str, ...]] = {
+    "nixl": ("kv_connector/nixl_transport.py",),
+    "zmq": ("kv_connector/link.py", "kv_connector/peer_io.py", "kv_connector/warmer.py", "router/ingest.py"),
+    "vllm": ("kv_connector/connector.py", "kv_connector/vllm_compat.py", "vllm_llmd/plugin.py"),
+    "torch": ("kv_connector/vllm_compat.py", "vllm_llmd/model.py", "kernels/"),
+    "transformers": ("vllm_llmd/model.py",),
+    "triton": ("kernels/",),
+    "numba": ("kernels/",),
+    "aiohttp": (
+        "kv_connector/orders.py",
+        "router/front.py",
+        "router/admin.py",
+        "router/replies.py",
+        "router/upstream.py",
+        "router/main.py",
+        "vllm_llmd/demo.py",
+        "vllm_llmd/fleet.py",
+        "vllm_llmd/launch",
+    ),
+    "prometheus_client": ("router/observe.py",),
+    "uvloop": ("router/main.py",),
+}
+"""Third party -> the files, or folders and beginnings of file names, that may import it."""
+
+SPEAKS_TO_A_PERSON = ("vllm_llmd/cli.py", "vllm_llmd/demo.py", "vllm_llmd/launch", "vllm_llmd/model.py")
+
+
+@dataclass(frozen=True)
+class Import:
+    """`module` as it is written; `line` for the message."""
+
+    module: str
+    line: int
+
+    @property
+    def top(self) -> str:
+        return self.module.partition(".")[0]
+
+
+def sources() -> list[str]:
+    """Every source file, by its path from the root. The symlinks in `vllm_llmd` are not followed."""
+    return sorted(
+        path.relative_to(ROOT).as_posix()
+        for folder in FOLDERS
+        for path in (ROOT / folder).rglob("*.py")
+        if not any(parent.is_symlink() for parent in path.parents)
+    )
+
+
+@cache
+def tree(source: str) -> ast.Module:
+    return ast.parse((ROOT / source).read_text())
+
+
+def imports(source: str) -> Iterator[Import]:
+    for node in ast.walk(tree(source)):
+        match node:
+            case ast.Import(names=names):
+                yield from (Import(alias.name, node.lineno) for alias in names)
+            case ast.ImportFrom(module=str(module), level=0, names=names):
+                yield from (Import(f"{module}.{alias.name}", node.lineno) for alias in names)
+            case ast.ImportFrom(level=level) if level:
+                pytest.fail(f"{source}:{node.lineno}: a relative import; write vllm_llmd.…")
+
+
+def ours(source: str) -> list[Import]:
+    return [each for each in imports(source) if each.top == "vllm_llmd"]
+
+
+def in_folder(folder: str) -> list[str]:
+    return [source for source in sources() if source.startswith(f"{folder}/")]
+
+
+def offences(source: str, names: set[str]) -> list[str]:
+    return [f"{source}:{each.line} imports {each.module}" for each in imports(source) if each.top in names]
+
+
+def test_all_four_folders_are_read() -> None:
+    assert {source.partition("/")[0] for source in sources()} == set(FOLDERS)
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_values_import_nothing_of_ours_but_values(name: str) -> None:
+    allowed = {f"vllm_llmd.{value}" for value in VALUES}
+    strange = [each for each in ours(f"vllm_llmd/{name}.py") if ".".join(each.module.split(".")[:2]) not in allowed]
+    assert strange == []
+    assert offences(f"vllm_llmd/{name}.py", {"torch", "vllm", "zmq", "nixl", "aiohttp"}) == []
+
+
+@pytest.mark.parametrize("source", in_folder("router"))
+def test_the_router_imports_neither_vllm_nor_torch_nor_the_connector(source: str) -> None:
+    assert offences(source, {"vllm", "torch", "nixl", "transformers"}) == []
+    assert [each for each in ours(source) if each.module.startswith("vllm_llmd.kv_connector")] == []
+
+
+@pytest.mark.parametrize("source", in_folder("kv_connector"))
+def test_the_connector_does_not_import_the_router(source: str) -> None:
+    assert [each for each in ours(source) if each.module.startswith("vllm_llmd.router")] == []
+
+
+@pytest.mark.parametrize("source", in_folder("kernels"))
+def test_kernels_import_only_names(source: str) -> None:
+    assert [each for each in ours(source) if not each.module.startswith(("vllm_llmd.names", "vllm_llmd.kernels"))] == []
+
+
+@pytest.mark.parametrize("third_party", HOMES)
+def test_a_third_party_lives_in_few_files(third_party: str) -> None:
+    homes = (*HOMES[third_party], "vllm_llmd/testing/")
+    strangers = [source for source in sources() if not source.startswith(homes)]
+    assert [offence for source in strangers for offence in offences(source, {third_party})] == []
+
+
+@pytest.mark.parametrize("source", PURE)
+def test_a_pure_file_imports_no_io(source: str) -> None:
+    assert offences(source, IO) == []
+
+
+@pytest.mark.parametrize("source", PURE)
+def test_a_pure_file_takes_chance_as_an_argument(source: str) -> None:
+    """`random.Random` may be named as a type; the module's own generator may not be called."""
+    calls = [
+        f"{source}:{node.lineno} calls {ast.unparse(node.func)}"
+        for node in ast.walk(tree(source))
+        if isinstance(node, ast.Call) and ast.unparse(node.func).startswith(("random.", "uuid."))
+    ]
+    assert calls == []
+
+
+@pytest.mark.parametrize("source", sources())
+def test_no_folder_is_imported_by_its_bare_name(source: str) -> None:
+    assert offences(source, set(TOP_LEVEL)) == []
+
+
+@pytest.mark.parametrize("source", sources())
+def test_only_what_speaks_to_a_person_prints(source: str) -> None:
+    if source.startswith(SPEAKS_TO_A_PERSON):
+        return
+    prints = [
+        f"{source}:{node.lineno}"
+        for node in ast.walk(tree(source))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
+    ]
+    assert prints == []
+
+
+@pytest.mark.parametrize("source", sources())
+def test_a_file_is_named_for_what_it_does(source: str) -> None:
+    assert Path(source).stem not in {"utils", "util", "common", "base", "helpers", "helper", "misc"}
+
+
+@pytest.mark.parametrize("source", sources())
+def test_a_module_says_in_at_most_eight_lines_what_it_owns(source: str) -> None:
+    docstring = ast.get_docstring(tree(source))
+    assert docstring, f"{source} has no docstring"
+    assert len(docstring.splitlines()) <= 8
