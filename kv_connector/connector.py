@@ -13,6 +13,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
 )
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
+from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from vllm_llmd.kv_connector import vllm_compat
 from vllm_llmd.kv_connector.metrics import Counters
@@ -86,6 +87,8 @@ class TransferMetrics(KVConnectorPromMetrics):
 
 class LlmdConnector(KVConnectorBase_V1):
     """Joins a vLLM engine to the fleet. Configured by `--kv-transfer-config`; see README.md."""
+
+    _cache_hit_source = CacheHitSource.P2P
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, role, kv_cache_config)

@@ -85,6 +85,11 @@ def pack_regions(regions: Sequence[Region], num_blocks: int, device_id: int, mem
     )
 
 
+def one_run(address: int, length: int) -> Runs:
+    """A single run of host memory."""
+    return np.array([[address, length, 0]], dtype=np.uint64)
+
+
 def read_runs(local: Regions, remote: Regions, pairs: Sequence[BlockPair]) -> tuple[Runs, Runs]:
     """Byte runs that copy `pairs` from `remote` to `local`, region by region, merged where both sides touch.
 

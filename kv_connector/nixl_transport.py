@@ -2,8 +2,10 @@
 
 from typing import Any
 
+import numpy as np
+
 from vllm_llmd.errors import TransferError
-from vllm_llmd.kv_connector.transport import PeerName, ReadId, ReadPlan, ReadState
+from vllm_llmd.kv_connector.transport import SCRATCH_BYTES, PeerName, ReadId, ReadPlan, ReadState
 from vllm_llmd.wire import Regions
 
 
@@ -17,17 +19,21 @@ class NixlTransport:
         except ImportError as error:
             raise TransferError("NIXL is not installed: pip install 'vllm-llmd[engine]'") from error
         self._agent: Any = nixl_agent(name, nixl_agent_config(enable_prog_thread=False, backends=["UCX"]))
-        self._registered: Any = None
+        self._scratch = np.zeros(SCRATCH_BYTES, dtype=np.uint8)
+        self._registered = [self._agent.register_memory([(self.scratch(), SCRATCH_BYTES, 0, "")], "DRAM")]
         self._reads: dict[ReadId, Any] = {}
         self._next = 0
 
     def register(self, regions: Regions, spans: list[tuple[int, int]]) -> None:
         rows = [(address, length, regions.device_id, "") for address, length in spans]
-        self._registered = self._agent.register_memory(rows, regions.memory)
+        self._registered.append(self._agent.register_memory(rows, regions.memory))
 
     def metadata(self) -> bytes:
         metadata: bytes = self._agent.get_agent_metadata()
         return metadata
+
+    def scratch(self) -> int:
+        return int(self._scratch.ctypes.data)
 
     def connect(self, metadata: bytes) -> PeerName:
         try:
@@ -73,6 +79,5 @@ class NixlTransport:
         self._agent.get_new_notifs()
 
     def close(self) -> None:
-        if self._registered is not None:
-            self._agent.deregister_memory(self._registered)
-            self._registered = None
+        while self._registered:
+            self._agent.deregister_memory(self._registered.pop())

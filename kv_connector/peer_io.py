@@ -27,12 +27,12 @@ from vllm_llmd.kv_connector.exchange import (
     ToDestination,
     ToSource,
 )
-from vllm_llmd.kv_connector.layout import read_runs
+from vllm_llmd.kv_connector.layout import one_run, read_runs
 from vllm_llmd.kv_connector.lifecycle import Drained, Outcome, Unpin
 from vllm_llmd.kv_connector.report import WorkerReport
 from vllm_llmd.kv_connector.seal import Seal
 from vllm_llmd.kv_connector.steps import Fail, Finish, LoadOrder, Ready, Withdraw
-from vllm_llmd.kv_connector.transport import PeerName, ReadId, ReadPlan, ReadState, Transport
+from vllm_llmd.kv_connector.transport import SCRATCH_BYTES, PeerName, ReadId, ReadPlan, ReadState, Transport
 from vllm_llmd.wire import Greet, Greeting, Members, PeerMessage, Refused, Regions, decode_link, decode_peer, encode
 
 logger = logging.getLogger(__name__)
@@ -40,8 +40,15 @@ logger = logging.getLogger(__name__)
 READ_POLL_S = 0.0005
 """How often a running read is polled: often enough not to show, rarely enough to leave the cores to the model."""
 
+STUCK_READ_MS = 1000.0
+STUCK_POLL_MS = 20
+"""How often reads are polled when none has started for `STUCK_READ_MS`: their source is stalled, or gone."""
+
 SERVE_POLL_MS = 1
 """How often reads by others are helped along, and step events polled."""
+
+WARM_UP_MS = 1000.0
+"""How long a source helps a new peer to make its connection."""
 
 IDLE_POLL_MS = 1000
 BUSY_TICK_MS = 50
@@ -103,6 +110,7 @@ class PeerIo:
             fingerprint=settings.fingerprint,
             agent=transport.metadata(),
             regions=regions,
+            scratch=transport.scratch(),
         )
         unsigned = Greet(settings.me.engine, settings.me.epoch, settings.me.rank, settings.fingerprint)
         self._greet_message = msgspec.structs.replace(unsigned, mac=settings.seal.sign(_greet_text(unsigned)))
@@ -110,6 +118,9 @@ class PeerIo:
         self._identities: dict[Caller, bytes] = {}
         self._known_callers: dict[bytes, Caller] = {}
         self._reads: dict[ReadId, _Reading] = {}
+        self._warming: set[ReadId] = set()
+        self._help_until_ms = 0.0
+        self._read_started_ms = 0.0
         self._unfinished_steps: list[Ready] = []
         self._poller = zmq.Poller()
         self._poller.register(self._callers, zmq.POLLIN)
@@ -175,19 +186,25 @@ class PeerIo:
                 self._hear_source(endpoint, peer)
         self._announce_finished_steps()
         self._poll_reads()
-        if self._exchange.being_read:
+        if self._exchange.being_read or self._helping():
             self._transport.progress()
         if self._exchange.busy:
             self._do(self._exchange.tick(self._now()))
         return True
 
     def _poll_ms(self) -> int:
-        if self._reads:
+        if self._reads or self._warming:
+            if self._now() - self._read_started_ms > STUCK_READ_MS:
+                return STUCK_POLL_MS
             time.sleep(READ_POLL_S)
             return 0
-        if self._exchange.being_read or self._unfinished_steps:
+        if self._exchange.being_read or self._unfinished_steps or self._helping():
             return SERVE_POLL_MS
         return BUSY_TICK_MS if self._exchange.busy else IDLE_POLL_MS
+
+    def _helping(self) -> bool:
+        """Whether a peer is warming its connection to us, which needs our help."""
+        return self._now() < self._help_until_ms
 
     def _now(self) -> float:
         return self._clock.now_ms()
@@ -303,6 +320,7 @@ class PeerIo:
         caller = Caller(message.engine, message.epoch, message.rank)
         self._identities[caller] = identity
         self._known_callers[identity] = caller
+        self._help_until_ms = self._now() + WARM_UP_MS
         self._post(self._callers, [identity, encode(self._greeting)])
         self._do(self._exchange.greeted(caller))
 
@@ -329,20 +347,26 @@ class PeerIo:
 
     def _from_source(self, endpoint: SourceEndpoint, peer: _Peer, message: PeerMessage) -> None:
         match message:
-            case Greeting(agent=agent, regions=regions, epoch=epoch):
+            case Greeting():
                 try:
-                    peer.name = self._transport.connect(agent)
+                    self._connect(peer, message)
                 except TransferError as error:
                     logger.error("llmd peer %s: %s", endpoint, error)
                     self._do(self._exchange.source_lost(endpoint, str(error), self._now()))
-                    return
-                peer.regions, peer.epoch = regions, epoch
             case Refused(reason=reason):
                 logger.error("llmd peer %s refuses: %s", endpoint, reason)
                 self._do(self._exchange.source_lost(endpoint, reason, self._now()))
                 self._leave(endpoint)
             case _:
                 self._do(self._exchange.from_source(endpoint, message, self._now()))
+
+    def _connect(self, peer: _Peer, greeting: Greeting) -> None:
+        """Learn how to read from a peer, and read a few bytes: the first read of all makes the wire ready."""
+        peer.name = self._transport.connect(greeting.agent)
+        peer.regions, peer.epoch = greeting.regions, greeting.epoch
+        local, remote = one_run(self._transport.scratch(), SCRATCH_BYTES), one_run(greeting.scratch, SCRATCH_BYTES)
+        self._read_started_ms = self._now()
+        self._warming.add(self._transport.start_read(ReadPlan(peer.name, local, remote, "DRAM", "DRAM")))
 
     # --- steps and reads --------------------------------------------------------------------------------------
 
@@ -355,6 +379,7 @@ class PeerIo:
                 self._do(self._exchange.ready(caller, announce.message, announce.lease_ms, self._now()))
 
     def _poll_reads(self) -> None:
+        self._warming = {read for read in self._warming if self._transport.poll(read) is ReadState.RUNNING}
         for read_id, reading in list(self._reads.items()):
             state = self._transport.poll(read_id)
             if state is not ReadState.RUNNING:
@@ -367,6 +392,7 @@ class PeerIo:
         if ok:
             with self._report_lock:
                 self._report.read(reading.bytes, now_ms - reading.started_ms)
+            self._something.set()
         self._do(self._exchange.read_finished(read.order, read.seq, ok, now_ms))
 
     def _start_read(self, act: ReadFrom) -> None:
@@ -383,6 +409,7 @@ class PeerIo:
             self._do(self._exchange.read_finished(act.read.order, act.read.seq, False, self._now()))
             return
         self._reads[read_id] = _Reading(act, plan.bytes, started_ms)
+        self._read_started_ms = started_ms
 
     def _do(self, acts: list[Act]) -> None:
         for act in acts:

@@ -150,6 +150,7 @@ class SchedulerSide:
             self._counts.read(report)
         for request_id in received:
             self._load_ended(RequestId(request_id))
+        self._update_load()
 
     def _load_ended(self, request_id: RequestId) -> None:
         outcomes = self._outcomes.pop(request_id, [])

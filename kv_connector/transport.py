@@ -13,6 +13,9 @@ PeerName = NewType("PeerName", str)
 ReadId = NewType("ReadId", int)
 
 
+SCRATCH_BYTES = 64
+
+
 class ReadState(Enum):
     RUNNING = "running"
     FINISHED = "finished"
@@ -50,6 +53,10 @@ class Transport(Protocol):
 
     def connect(self, metadata: bytes) -> PeerName:
         """Learn a peer. Raises TransferError."""
+        ...
+
+    def scratch(self) -> int:
+        """Address of `SCRATCH_BYTES` of host memory that peers may read, to warm a connection."""
         ...
 
     def disconnect(self, peer: PeerName) -> None:

@@ -1,5 +1,7 @@
 """The `vllm.general_plugins` entry. vLLM calls it in every process, sometimes more than once."""
 
+import logging
+
 CONNECTOR = "LlmdConnector"
 
 
@@ -9,3 +11,13 @@ def register() -> None:
 
     if CONNECTOR not in KVConnectorFactory._registry:
         KVConnectorFactory.register_connector(CONNECTOR, "vllm_llmd.kv_connector.connector", CONNECTOR)
+    _log_as_vllm_does()
+
+
+def _log_as_vllm_does() -> None:
+    """vLLM configures its own logger alone: lend ours its handlers and level."""
+    theirs, ours = logging.getLogger("vllm"), logging.getLogger("vllm_llmd")
+    if theirs.handlers and not ours.handlers:
+        ours.handlers = list(theirs.handlers)
+        ours.setLevel(theirs.level)
+        ours.propagate = False

@@ -226,13 +226,17 @@ class Regions(Record, frozen=True):
 
 
 class Greeting(Message, frozen=True):
-    """Answers Greet with what the destination needs to read from this rank. `agent` is NIXL metadata."""
+    """Answers Greet with what the destination needs to read from this rank. `agent` is NIXL metadata.
+
+    `scratch` is the address of a few bytes of host memory: reading them makes the wire ready before it is needed.
+    """
 
     engine: EngineId
     epoch: Epoch
     fingerprint: str
     agent: bytes
     regions: Regions
+    scratch: int
 
 
 class Announce(Message, frozen=True):
