@@ -132,7 +132,7 @@ class Site:
 async def site(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[Site]:
     router = Router(tmp_path / "router.log", getattr(request, "param", ()))
     await router.start()
-    async with aiohttp.ClientSession() as client:
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=DEADLINE_S)) as client:
         site = Site(router, client)
         try:
             yield site
