@@ -19,6 +19,7 @@ LOCKED := $(VENV)/.locked
 READY := $(VENV)/.ready
 TINY := .models/tiny
 SMOLLM2 := .models/smollm2
+MARKER := vllm_llmd_model.json
 LOGS := .logs/demo
 PYTEST := $(PY) -m pytest
 
@@ -29,11 +30,11 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .PHONY: demo test check lint format test-unit test-engine test-gpu model model-tiny model-smollm2 install lock dist \
 	clean distclean help
 
-demo: $(READY) $(SMOLLM2)/.made ## two real engines, a router, one chat: ends with one line of JSON
+demo: $(READY) $(SMOLLM2)/$(MARKER) ## two real engines, a router, one chat: ends with one line of JSON
 	@rm -rf $(LOGS)
 	@$(PY) -m vllm_llmd.demo --model $(SMOLLM2) --log-dir $(LOGS)
 
-test: $(READY) $(TINY)/.made ## every test, real engines on a tiny model included
+test: $(READY) $(TINY)/$(MARKER) ## every test, real engines on a tiny model included
 	$(PYTEST) tests
 
 check: lint test-unit ## lint and the fast tests: no engine is started
@@ -50,7 +51,7 @@ format: $(READY) ## let ruff rewrite what it can
 test-unit: $(READY) ## logic, contracts and the router's process, without an engine
 	$(PYTEST) $(wildcard tests/unit tests/contract tests/process)
 
-test-engine: $(READY) $(TINY)/.made ## real vLLM engines on the tiny model
+test-engine: $(READY) $(TINY)/$(MARKER) ## real vLLM engines on the tiny model
 	$(PYTEST) $(wildcard tests/engine)
 
 test-gpu: $(READY) ## what needs a GPU; skips what it cannot run
@@ -58,8 +59,8 @@ test-gpu: $(READY) ## what needs a GPU; skips what it cannot run
 
 model: model-tiny model-smollm2 ## both model directories, in .models/
 
-model-tiny: $(TINY)/.made
-model-smollm2: $(SMOLLM2)/.made
+model-tiny: $(TINY)/$(MARKER)
+model-smollm2: $(SMOLLM2)/$(MARKER)
 
 install: $(READY) ## .venv with everything that demo and test need
 
@@ -78,13 +79,11 @@ $(READY): $(LOCKED) pyproject.toml setup.py
 	@$(PY) -m pip install --no-input --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 
-$(TINY)/.made: vllm_llmd/model.py | $(READY)
-	@rm -rf $(TINY)
+$(TINY)/$(MARKER): vllm_llmd/model.py | $(READY)
 	@$(PY) -m vllm_llmd.model $(TINY) --kind tiny
 	@touch $@
 
-$(SMOLLM2)/.made: vllm_llmd/model.py | $(READY)
-	@rm -rf $(SMOLLM2)
+$(SMOLLM2)/$(MARKER): vllm_llmd/model.py | $(READY)
 	@$(PY) -m vllm_llmd.model $(SMOLLM2) --kind smollm2
 	@touch $@
 

@@ -1,0 +1,126 @@
+"""What the docs must name, and that what they name exists. The router's own are in test_router_docs.py."""
+
+import argparse
+import ast
+import re
+from pathlib import Path
+from typing import get_args
+
+import msgspec
+import pytest
+
+from vllm_llmd import wire
+from vllm_llmd.kv_connector.metrics import COUNTERS, FALLBACKS
+from vllm_llmd.router.settings import RouterSettings
+from vllm_llmd.settings import EngineSettings
+
+ROOT = Path(__file__).resolve().parents[2]
+README = ROOT / "README.md"
+DOCUMENTS = [README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+LINK = re.compile(r"(?<!!)\[[^\]]+\]\(([^)\s]+)\)")
+MENTION = re.compile(r"`((?:vllm_llmd|kv_connector|router|kernels)/[\w/]+\.py)(?::(\w+))?`")
+ROUTER_FLAGS = {"--" + name.replace("_", "-") for name in RouterSettings.__struct_fields__}
+
+
+def row(document: Path, first_cell: str) -> list[str]:
+    """The cells of the one table row that begins with `first_cell`."""
+    lines = document.read_text().splitlines()
+    rows = [line for line in lines if line.startswith(f"| `{first_cell}` ")]
+    assert len(rows) == 1, f"{document.name} has {len(rows)} rows of `{first_cell}`"
+    return [cell.strip() for cell in rows[0].split("|")[1:-1]]
+
+
+def code(text: str) -> list[str]:
+    return re.findall(r"`([\w-]+)`", text)
+
+
+# --- what must be named ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("field", msgspec.structs.fields(EngineSettings), ids=lambda field: field.name)
+def test_every_setting_of_an_engine_is_described(field: msgspec.structs.FieldInfo) -> None:
+    default = row(README, field.name)[1]
+    if isinstance(field.default, int):
+        assert default == str(field.default)
+
+
+@pytest.mark.parametrize("counter", [*COUNTERS, FALLBACKS], ids=lambda counter: counter.name)
+def test_every_metric_of_an_engine_is_described(counter: object) -> None:
+    row(README, f"{counter.name}_total")  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    "message",
+    sorted({*get_args(wire.PeerMessage)} - {*get_args(wire.LinkMessage)}, key=lambda message: message.__name__),
+    ids=lambda message: message.__name__,
+)
+def test_every_message_between_workers_is_described_with_its_fields_in_order(message: type[msgspec.Struct]) -> None:
+    assert tuple(code(row(ROOT / "docs/protocol.md", message.__name__)[1])) == message.__struct_fields__
+
+
+@pytest.mark.parametrize("record", [wire.EngineInfo, wire.Load, wire.Regions, wire.Ticket], ids=lambda r: r.__name__)
+def test_every_field_of_a_value_on_the_wire_is_described(record: type[msgspec.Struct]) -> None:
+    text = (ROOT / "docs/protocol.md").read_text()
+    assert [field for field in record.__struct_fields__ if f"`{field}" not in text] == []
+
+
+def test_every_message_of_the_wire_module_belongs_to_a_union() -> None:
+    """So that none escapes the tests above."""
+    messages = {
+        value for value in vars(wire).values() if isinstance(value, type) and issubclass(value, wire.Message)
+    } - {wire.Message}
+    assert messages == {*get_args(wire.LinkMessage), *get_args(wire.PeerMessage)}
+
+
+def options(parser: argparse.ArgumentParser) -> dict[str, set[str]]:
+    """Subcommand -> its long flags."""
+    [subparsers] = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    return {
+        name: {flag for action in sub._actions for flag in action.option_strings if flag.startswith("--")} - {"--help"}
+        for name, sub in subparsers.choices.items()
+    }
+
+
+def test_every_flag_of_the_command_line_is_described() -> None:
+    cli = pytest.importorskip("vllm_llmd.cli", reason="the command line is not there yet", exc_type=ImportError)
+    texts = "\n".join(document.read_text() for document in DOCUMENTS)
+    for command, flags in options(cli.build_parser()).items():
+        assert f"vllm-llmd {command}" in texts
+        assert [flag for flag in sorted(flags - ROUTER_FLAGS) if not re.search(rf"`{flag}\b", texts)] == []
+
+
+# --- what is named must exist -----------------------------------------------------------------------------------
+
+
+def test_the_readme_names_exactly_the_two_commands() -> None:
+    assert set(commands(README)) == {"demo", "test"}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.name)
+def test_every_relative_link_resolves(document: Path) -> None:
+    targets = [target.partition("#")[0] for target in LINK.findall(document.read_text()) if "://" not in target]
+    assert [target for target in targets if target and not (document.parent / target).exists()] == []
+
+
+def defined(source: Path) -> set[str]:
+    """Every function, method and class in a file."""
+    nodes = ast.walk(ast.parse(source.read_text()))
+    return {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.name)
+def test_every_function_that_is_named_exists(document: Path) -> None:
+    for path, name in MENTION.findall(document.read_text()):
+        assert (ROOT / path).is_file(), path
+        assert not name or name in defined(ROOT / path), f"{path}:{name}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.name)
+def test_every_make_target_that_is_named_exists(document: Path) -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.M))
+    assert set(commands(document)) <= targets
+
+
+def commands(document: Path) -> list[str]:
+    """Make targets in what stands in backticks or is indented as code."""
+    return re.findall(r"^(?: {4}|.*?`)make ([a-z-]+)", document.read_text(), flags=re.M)
