@@ -153,19 +153,19 @@ class Destination:
         entry = self._ranges[seq]
         if self.state is DestinationState.CLOSED:
             return [Drained(self.spec.order, tuple(pair.local for pair in entry.pairs))]
+        if ok:
+            entry.read_at_ms = now_ms
+            entry.before_end = not self._end_announced
         if self.state is DestinationState.CLOSING:
+            self._accept()
             return self._finish_if_drained(now_ms)
-        if not ok:
-            return self._close("read failed", now_ms)
-        entry.read_at_ms = now_ms
-        entry.before_end = not self._end_announced
-        return self._accept(now_ms)
+        return self._go_on(now_ms) if ok else self._close("read failed", now_ms)
 
     def renewed(self, message: Renewed, now_ms: float) -> list[DestinationAction]:
         """The source is alive, and holds the order's blocks if `held`."""
         self._heard_ms = now_ms
         self._lease.answered(message.n, message.held)
-        return self._accept(now_ms) if self.state is DestinationState.OPEN else []
+        return self._go_on(now_ms) if self.state is DestinationState.OPEN else []
 
     def failed(self, reason: str, now_ms: float) -> list[DestinationAction]:
         """The source refused or dropped the order, died, or the request was cancelled here."""
@@ -199,13 +199,18 @@ class Destination:
                 pairs.append(BlockPair(remote=remote, local=self.spec.local_blocks[index]))
         return tuple(pairs)
 
-    def _accept(self, now_ms: float) -> list[DestinationAction]:
+    def _accept(self) -> list[int]:
+        """Accept every range that was read under the lease as far as it is known; returns which."""
         accepted = []
         for seq, entry in self._ranges.items():
             if not entry.accepted and entry.read_at_ms is not None and self._lease.covers(entry.read_at_ms):
                 entry.accepted = True
                 accepted.append(seq)
                 self._wanted.difference_update(pair.local for pair in entry.pairs)
+        return accepted
+
+    def _go_on(self, now_ms: float) -> list[DestinationAction]:
+        accepted = self._accept()
         if not self._wanted:
             return self._close(None, now_ms)
         return [Send(Ack(self.spec.order, accepted))] if accepted else []
@@ -221,6 +226,7 @@ class Destination:
         if self._reading and now_ms < self._deadline_ms:
             return []
         self.state = DestinationState.CLOSED
+        self._reason = self._reason if self._wanted else None
         quarantined = [pair.local for seq in sorted(self._reading) for pair in self._ranges[seq].pairs]
         accepted = [entry for entry in self._ranges.values() if entry.accepted]
         outcome = Outcome(
@@ -243,13 +249,14 @@ class Destination:
 class Source:
     """One order seen from the rank that is read. Its lease starts with the first announcement.
 
-    SERVING --acknowledged to the last | done | expired | withdrawn--> ended: nothing is pinned for it any more,
-    and nothing is announced.
+    serving --withdrawn--> dropped: nothing more is announced, but what is pinned stays pinned under the lease
+    serving | dropped --acknowledged to the last | done | lease expired--> ended: nothing is pinned for it any more
     """
 
     order: OrderId
     lease_ms: float
     ended: str | None = None
+    dropped: str | None = None
     _until_ms: float | None = None
     _pinned: set[int] = field(default_factory=set)
     _last_announced: bool = False
@@ -261,7 +268,7 @@ class Source:
 
     def ready(self, message: Announce, now_ms: float) -> list[SourceAction]:
         """A finished step has made a range ready, and the scheduler has pinned it."""
-        if self.ended is not None:
+        if self.ended is not None or self.dropped is not None:
             return [Unpin(self.order, (message.seq,))]
         self._pinned.add(message.seq)
         self._last_announced |= message.last
@@ -270,11 +277,12 @@ class Source:
         return [Send(message)]
 
     def renew(self, message: Renew, now_ms: float) -> list[SourceAction]:
-        """The destination asks for more time."""
-        if self.ended is None:
-            self._expire(now_ms)
+        """The destination asks for more time, which a dropped order does not get."""
+        actions = self.tick(now_ms)
         if self.ended is not None:
-            return [*self._release(), Send(Dropped(self.order, self.ended))]
+            return actions or [Send(Dropped(self.order, self.ended))]
+        if self.dropped is not None:
+            return [Send(Dropped(self.order, self.dropped))]
         if self._until_ms is not None:
             self._until_ms = now_ms + self.lease_ms
         return [Send(Renewed(self.order, message.n, held=self._until_ms is not None))]
@@ -283,8 +291,8 @@ class Source:
         """The destination has read and accepted ranges."""
         seqs = tuple(seq for seq in message.seqs if seq in self._pinned)
         self._pinned.difference_update(seqs)
-        if self._last_announced and not self._pinned and self.ended is None:
-            self.ended = "served"
+        if (self._last_announced or self.dropped is not None) and not self._pinned and self.ended is None:
+            self.ended = self.dropped or "served"
         return [Unpin(self.order, seqs)] if seqs else []
 
     def done(self, reason: str = "done") -> list[SourceAction]:
@@ -294,22 +302,19 @@ class Source:
 
     def withdrawn(self, reason: str) -> list[SourceAction]:
         """The source's own request ended before it had announced everything, or the order was refused."""
-        if self.ended is not None:
+        if self.ended is not None or self.dropped is not None:
             return []
-        self.ended = reason
-        return [*self._release(), Send(Dropped(self.order, reason))]
+        self.dropped = reason
+        if not self._pinned:
+            self.ended = reason
+        return [Send(Dropped(self.order, reason))]
 
     def tick(self, now_ms: float) -> list[SourceAction]:
         """Time has passed."""
-        if self.ended is None and self._expire(now_ms):
-            return [*self._release(), Send(Dropped(self.order, "lease expired"))]
-        return []
-
-    def _expire(self, now_ms: float) -> bool:
-        if self._until_ms is not None and now_ms > self._until_ms:
-            self.ended = "lease expired"
-            return True
-        return False
+        if self.ended is not None or self._until_ms is None or now_ms <= self._until_ms:
+            return []
+        self.ended = "lease expired"
+        return [*self._release(), Send(Dropped(self.order, self.ended))]
 
     def _release(self) -> list[SourceAction]:
         seqs = tuple(sorted(self._pinned))
