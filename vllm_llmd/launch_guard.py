@@ -34,7 +34,7 @@ def guard(launcher: socket.socket, command: Sequence[str]) -> int:
         signal.signal(number, asked_to_end)
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)  # what the command leaves behind becomes our child
     try:
-        child = subprocess.Popen(command, process_group=0, preexec_fn=_die_with_the_guard)
+        child = subprocess.Popen(command, process_group=0, preexec_fn=_die_with_the_guard)  # noqa: PLW1509 (one thread)
     except OSError as error:
         sys.stderr.write(f"error: cannot run {command[0]}: {error}\n")
         return 127
@@ -51,7 +51,7 @@ def guard(launcher: socket.socket, command: Sequence[str]) -> int:
 def _wait_for_either(child: "subprocess.Popen[bytes]", launcher: socket.socket) -> None:
     pidfd = os.pidfd_open(child.pid)
     try:
-        select.select([launcher, pidfd], [], [])
+        select.select([launcher.fileno(), pidfd], [], [])
     finally:
         os.close(pidfd)
 
