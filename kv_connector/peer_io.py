@@ -13,27 +13,18 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import msgspec
 import zmq
 
 from vllm_llmd.clock import Clock
 from vllm_llmd.errors import ConfigError, TransferError, WireError
-from vllm_llmd.kv_connector.exchange import (
-    Act,
-    Caller,
-    Exchange,
-    ReadFrom,
-    SourceEndpoint,
-    ToDestination,
-    ToSource,
-)
+from vllm_llmd.kv_connector.exchange import Act, Caller, Exchange, ReadFrom, SourceEndpoint, ToDestination, ToSource
 from vllm_llmd.kv_connector.layout import one_run, read_runs
 from vllm_llmd.kv_connector.lifecycle import Drained, Outcome, Unpin
+from vllm_llmd.kv_connector.peer_sockets import Callers, FleetChanged, Greeted, Heard, Peer, PeerSettings, Sources
 from vllm_llmd.kv_connector.report import WorkerReport
-from vllm_llmd.kv_connector.seal import Seal
 from vllm_llmd.kv_connector.steps import Fail, Finish, LoadOrder, Ready, Withdraw
-from vllm_llmd.kv_connector.transport import SCRATCH_BYTES, PeerName, ReadId, ReadPlan, ReadState, Transport
-from vllm_llmd.wire import Greet, Greeting, Members, PeerMessage, Refused, Regions, decode_link, decode_peer, encode
+from vllm_llmd.kv_connector.transport import SCRATCH_BYTES, ReadId, ReadPlan, ReadState, Transport
+from vllm_llmd.wire import Greeting, PeerMessage, Refused, Regions
 
 logger = logging.getLogger(__name__)
 
@@ -58,26 +49,6 @@ Command = LoadOrder | Ready | Withdraw | Fail | Finish
 
 
 @dataclass(frozen=True)
-class PeerSettings:
-    """Who this rank is and where it listens."""
-
-    me: Caller
-    fingerprint: str
-    host: str
-    seal: Seal
-
-
-@dataclass
-class _Peer:
-    """A rank we read from."""
-
-    socket: zmq.Socket[bytes]
-    name: PeerName | None = None
-    regions: Regions | None = None
-    epoch: int | None = None
-
-
-@dataclass(frozen=True)
 class _Reading:
     order: ReadFrom
     bytes: int
@@ -88,7 +59,7 @@ class PeerIo:
     """Start it once; `endpoint` is where other ranks find this one."""
 
     def __init__(self, settings: PeerSettings, transport: Transport, regions: Regions, clock: Clock) -> None:
-        self._settings = settings
+        self._me = settings.me
         self._transport = transport
         self._regions = regions
         self._clock = clock
@@ -98,13 +69,10 @@ class PeerIo:
         self._report = WorkerReport()
         self._report_lock = threading.Lock()
         self._something = threading.Event()
-        self._context = zmq.Context()
-        self._callers = self._context.socket(zmq.ROUTER)
-        self._callers.setsockopt(zmq.LINGER, 0)
-        self._callers.setsockopt(zmq.ROUTER_HANDOVER, 1)
-        port = self._callers.bind_to_random_port(f"tcp://{settings.host}")
-        self.endpoint = f"tcp://{settings.host}:{port}"
-        self._greeting = Greeting(
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._poller = zmq.Poller()
+        self._callers = Callers(self._context, settings)
+        self._callers.greeting = Greeting(
             engine=settings.me.engine,
             epoch=settings.me.epoch,
             fingerprint=settings.fingerprint,
@@ -112,18 +80,14 @@ class PeerIo:
             regions=regions,
             scratch=transport.scratch(),
         )
-        unsigned = Greet(settings.me.engine, settings.me.epoch, settings.me.rank, settings.fingerprint)
-        self._greet_message = msgspec.structs.replace(unsigned, mac=settings.seal.sign(_greet_text(unsigned)))
-        self._peers: dict[SourceEndpoint, _Peer] = {}
-        self._identities: dict[Caller, bytes] = {}
-        self._known_callers: dict[bytes, Caller] = {}
+        self.endpoint = self._callers.endpoint
+        self._sources = Sources(self._context, self._poller, settings)
         self._reads: dict[ReadId, _Reading] = {}
         self._warming: set[ReadId] = set()
         self._help_until_ms = 0.0
         self._read_started_ms = 0.0
         self._unfinished_steps: list[Ready] = []
-        self._poller = zmq.Poller()
-        self._poller.register(self._callers, zmq.POLLIN)
+        self._poller.register(self._callers.socket, zmq.POLLIN)
         self._poller.register(self._wake_fd, zmq.POLLIN)
         self._thread = threading.Thread(target=self._run, name="llmd-peer-io", daemon=True)
 
@@ -168,7 +132,7 @@ class PeerIo:
             while self._turn():
                 pass
         except Exception:
-            logger.exception("llmd peer I/O of %s rank %d died", self._settings.me.engine, self._settings.me.rank)
+            logger.exception("llmd peer I/O of %s rank %d died", self._me.engine, self._me.rank)
         finally:
             self._context.destroy(linger=0)
             self._transport.close()
@@ -179,11 +143,10 @@ class PeerIo:
             os.eventfd_read(self._wake_fd)
         if not self._obey():
             return False
-        if self._callers in ready:
+        if self._callers.socket in ready:
             self._hear_callers()
-        for endpoint, peer in list(self._peers.items()):
-            if peer.socket in ready:
-                self._hear_source(endpoint, peer)
+        for endpoint, message in self._sources.hear(ready):
+            self._hear_source(endpoint, message)
         self._announce_finished_steps()
         self._poll_reads()
         if self._exchange.being_read or self._helping():
@@ -230,137 +193,46 @@ class PeerIo:
                     self._do(self._exchange.source_finished(order, self._now()))
 
     def _of_this_rank(self, caller: Caller) -> Caller:
-        return Caller(caller.engine, caller.epoch, self._settings.me.rank)
+        return Caller(caller.engine, caller.epoch, self._me.rank)
 
     def _load(self, command: LoadOrder) -> None:
-        peer = self._peer(command.endpoint)
+        peer = self._sources.reach(command.endpoint)
         self._do(self._exchange.load(command.endpoint, command.spec, self._now()))
         if peer.epoch is not None and peer.epoch != command.epoch:
             self._do(self._exchange.failed(command.spec.order, "source restarted", self._now()))
 
-    def _peer(self, endpoint: SourceEndpoint) -> _Peer:
-        if endpoint in self._peers:
-            return self._peers[endpoint]
-        me = self._settings.me
-        socket = self._context.socket(zmq.DEALER)
-        socket.setsockopt(zmq.IDENTITY, f"{me.engine}:{me.epoch}:{me.rank}".encode())
-        socket.setsockopt(zmq.LINGER, 0)
-        socket.setsockopt(zmq.RECONNECT_IVL, 100)
-        socket.setsockopt(zmq.RECONNECT_IVL_MAX, 2000)
-        socket.connect(endpoint)
-        self._poller.register(socket, zmq.POLLIN)
-        peer = self._peers[endpoint] = _Peer(socket)
-        self._post(socket, [encode(self._greet_message)])
-        return peer
-
-    def _leave(self, endpoint: SourceEndpoint) -> None:
-        """Forget a rank that is gone or refuses us; the next order to it starts afresh."""
-        if self._exchange.reads_from(endpoint):
-            return
-        peer = self._peers.pop(endpoint)
-        self._poller.unregister(peer.socket)
-        peer.socket.close()
-        if peer.name is not None:
-            self._transport.disconnect(peer.name)
-
-    def _post(self, socket: zmq.Socket[bytes], frames: list[bytes]) -> None:
-        """Send without blocking. What a full queue loses, its order's lease finds out."""
-        try:
-            socket.send_multipart(frames, zmq.NOBLOCK)
-        except zmq.Again:
-            logger.warning("llmd peer queue is full; a message is lost")
-
     # --- messages ---------------------------------------------------------------------------------------------
 
     def _hear_callers(self) -> None:
-        while True:
-            try:
-                identity, *frames = self._callers.recv_multipart(zmq.NOBLOCK)
-            except zmq.Again:
-                return
-            try:
-                self._from_caller(identity, frames[-1] if frames else b"")
-            except WireError as error:
-                logger.error("llmd peer message refused: %s", error)
-                self._post(self._callers, [identity, encode(Refused(str(error)))])
+        for event in self._callers.hear():
+            match event:
+                case Greeted(caller):
+                    self._help_until_ms = self._now() + WARM_UP_MS
+                    self._do(self._exchange.greeted(caller))
+                case Heard(caller, message):
+                    self._do(self._exchange.from_destination(caller, message, self._now()))
+                case FleetChanged(endpoints):
+                    for endpoint in endpoints:
+                        self._sources.reach(endpoint)
+                    for endpoint in self._sources.endpoints - endpoints:
+                        self._leave(endpoint)
 
-    def _from_caller(self, identity: bytes, frame: bytes) -> None:
-        if identity == b"link":
-            self._warm(frame)
-            return
-        message = decode_peer(frame)
-        if isinstance(message, Greet):
-            self._greet(identity, message)
-        elif identity in self._known_callers:
-            self._do(self._exchange.from_destination(self._known_callers[identity], message, self._now()))
-        else:
-            self._post(self._callers, [identity, encode(Refused("greet first: this engine has restarted"))])
-
-    def _warm(self, frame: bytes) -> None:
-        """Our own link tells who is in the fleet: connect now, rather than on the first request."""
-        message = decode_link(frame)
-        if not isinstance(message, Members):
-            return
-        me = self._settings.me
-        endpoints = {
-            SourceEndpoint(engine.workers[me.rank])
-            for engine in message.engines
-            if engine.id != me.engine and engine.fingerprint == self._settings.fingerprint
-        }
-        for endpoint in endpoints:
-            self._peer(endpoint)
-        for endpoint in set(self._peers) - endpoints:
-            self._leave(endpoint)
-
-    def _greet(self, identity: bytes, message: Greet) -> None:
-        reason = self._objection(message)
-        if reason is not None:
-            self._post(self._callers, [identity, encode(Refused(reason))])
-            return
-        caller = Caller(message.engine, message.epoch, message.rank)
-        self._identities[caller] = identity
-        self._known_callers[identity] = caller
-        self._help_until_ms = self._now() + WARM_UP_MS
-        self._post(self._callers, [identity, encode(self._greeting)])
-        self._do(self._exchange.greeted(caller))
-
-    def _objection(self, message: Greet) -> str | None:
-        if message.fingerprint != self._settings.fingerprint:
-            return f"engine {self._settings.me.engine} holds KV blocks of another kind than {message.engine}"
-        if not self._settings.seal.verifies(message.mac, _greet_text(message)):
-            return f"engine {message.engine} does not know this fleet's secret"
-        return None
-
-    def _hear_source(self, endpoint: SourceEndpoint, peer: _Peer) -> None:
-        while True:
-            try:
-                frame = peer.socket.recv(zmq.NOBLOCK)
-            except zmq.Again:
-                return
-            try:
-                self._from_source(endpoint, peer, decode_peer(frame))
-            except WireError as error:
-                logger.error("llmd peer %s: %s", endpoint, error)
-                self._do(self._exchange.source_lost(endpoint, str(error), self._now()))
-            if endpoint not in self._peers:
-                return
-
-    def _from_source(self, endpoint: SourceEndpoint, peer: _Peer, message: PeerMessage) -> None:
+    def _hear_source(self, endpoint: SourceEndpoint, message: PeerMessage | WireError) -> None:
         match message:
             case Greeting():
                 try:
-                    self._connect(peer, message)
+                    self._connect(self._sources.reach(endpoint), message)
                 except TransferError as error:
-                    logger.error("llmd peer %s: %s", endpoint, error)
-                    self._do(self._exchange.source_lost(endpoint, str(error), self._now()))
+                    self._lose(endpoint, str(error))
             case Refused(reason=reason):
-                logger.error("llmd peer %s refuses: %s", endpoint, reason)
-                self._do(self._exchange.source_lost(endpoint, reason, self._now()))
+                self._lose(endpoint, reason)
                 self._leave(endpoint)
+            case WireError():
+                self._lose(endpoint, str(message))
             case _:
                 self._do(self._exchange.from_source(endpoint, message, self._now()))
 
-    def _connect(self, peer: _Peer, greeting: Greeting) -> None:
+    def _connect(self, peer: Peer, greeting: Greeting) -> None:
         """Learn how to read from a peer, and read a few bytes: the first read of all makes the wire ready."""
         peer.name = self._transport.connect(greeting.agent)
         peer.regions, peer.epoch = greeting.regions, greeting.epoch
@@ -368,15 +240,27 @@ class PeerIo:
         self._read_started_ms = self._now()
         self._warming.add(self._transport.start_read(ReadPlan(peer.name, local, remote, "DRAM", "DRAM")))
 
+    def _lose(self, endpoint: SourceEndpoint, reason: str) -> None:
+        logger.error("llmd peer %s: %s", endpoint, reason)
+        self._do(self._exchange.source_lost(endpoint, reason, self._now()))
+
+    def _leave(self, endpoint: SourceEndpoint) -> None:
+        """Forget a rank that is gone or refuses us; the next order to it starts afresh."""
+        if endpoint not in self._sources.endpoints or self._exchange.reads_from(endpoint):
+            return
+        name = self._sources.leave(endpoint)
+        if name is not None:
+            self._transport.disconnect(name)
+
     # --- steps and reads --------------------------------------------------------------------------------------
 
     def _announce_finished_steps(self) -> None:
         """Announce in order; a range is announced only after the step that wrote it has passed on its stream."""
         while self._unfinished_steps and self._unfinished_steps[0].step_done():
             step = self._unfinished_steps.pop(0)
-            for announce in step.ranges:
-                caller = self._of_this_rank(announce.caller)
-                self._do(self._exchange.ready(caller, announce.message, announce.lease_ms, self._now()))
+            for planned in step.ranges:
+                caller = self._of_this_rank(planned.caller)
+                self._do(self._exchange.ready(caller, planned.message, planned.lease_ms, self._now()))
 
     def _poll_reads(self) -> None:
         self._warming = {read for read in self._warming if self._transport.poll(read) is ReadState.RUNNING}
@@ -396,7 +280,7 @@ class PeerIo:
         self._do(self._exchange.read_finished(read.order, read.seq, ok, now_ms))
 
     def _start_read(self, act: ReadFrom) -> None:
-        peer = self._peers[act.endpoint]
+        peer = self._sources.reach(act.endpoint)
         started_ms = self._now()
         try:
             if peer.name is None or peer.regions is None:
@@ -415,16 +299,12 @@ class PeerIo:
         for act in acts:
             match act:
                 case ToSource(endpoint, message):
-                    self._post(self._peers[endpoint].socket, [encode(message)])
+                    self._sources.send(endpoint, message)
                 case ToDestination(caller, message):
-                    self._post(self._callers, [self._identities[caller], encode(message)])
+                    self._callers.send(caller, message)
                 case ReadFrom():
                     self._start_read(act)
                 case Outcome() | Drained() | Unpin():
                     with self._report_lock:
                         self._report.add(act)
                     self._something.set()
-
-
-def _greet_text(message: Greet) -> str:
-    return f"greet {message.engine} {message.epoch} {message.rank} {message.fingerprint}"

@@ -10,7 +10,8 @@ from vllm_llmd.kv_connector.exchange import Caller
 from vllm_llmd.kv_connector.layout import TensorView, pack_regions, regions_of
 from vllm_llmd.kv_connector.lifecycle import CANCELLED
 from vllm_llmd.kv_connector.nixl_transport import NixlTransport
-from vllm_llmd.kv_connector.peer_io import Command, PeerIo, PeerSettings
+from vllm_llmd.kv_connector.peer_io import Command, PeerIo
+from vllm_llmd.kv_connector.peer_sockets import PeerSettings
 from vllm_llmd.kv_connector.report import WorkerReport
 from vllm_llmd.kv_connector.seal import Seal
 from vllm_llmd.kv_connector.steps import LoadOrder, Ready, StepPlan

@@ -1,0 +1,255 @@
+"""Two worker ranks over real ZeroMQ sockets, with the shipped fake for the bytes."""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import zmq
+
+from vllm_llmd.clock import MonotonicClock
+from vllm_llmd.kv_connector.exchange import Caller, SourceEndpoint
+from vllm_llmd.kv_connector.layout import Region, pack_regions
+from vllm_llmd.kv_connector.lifecycle import CANCELLED, OrderSpec
+from vllm_llmd.kv_connector.peer_io import PeerIo
+from vllm_llmd.kv_connector.peer_sockets import OWN_LINK, PeerSettings
+from vllm_llmd.kv_connector.report import WorkerReport
+from vllm_llmd.kv_connector.seal import Seal
+from vllm_llmd.kv_connector.steps import Fail, LoadOrder, PlannedRange, Ready, Withdraw
+from vllm_llmd.names import EngineId, Epoch, OrderId, RequestId
+from vllm_llmd.testing.transport import FakeTransport
+from vllm_llmd.wire import Announce, EngineInfo, Members, Refused, Renew, decode_peer, encode
+
+BLOCKS, BLOCK_BYTES, LEASE_MS = 8, 64, 400
+
+
+@dataclass
+class Rank:
+    """A rank with memory of its own; `seen` gathers its reports."""
+
+    name: str
+    fingerprint: str = "same"
+    secret: str | None = None
+    epoch: int = 1
+    seen: WorkerReport = field(default_factory=WorkerReport)
+
+    def __post_init__(self) -> None:
+        self.memory: npt.NDArray[np.uint8] = np.zeros((BLOCKS, BLOCK_BYTES), dtype=np.uint8)
+        regions = pack_regions([Region(self.memory.ctypes.data, BLOCK_BYTES, BLOCK_BYTES)], BLOCKS, 0, "DRAM")
+        self.transport = FakeTransport(self.name)
+        self.caller = Caller(EngineId(self.name), Epoch(self.epoch), 0)
+        settings = PeerSettings(self.caller, self.fingerprint, "127.0.0.1", Seal(self.secret))
+        self.io = PeerIo(settings, self.transport, regions, MonotonicClock())
+        self.io.start()
+
+    def until(self, what: Callable[[WorkerReport], bool]) -> WorkerReport:
+        deadline = time.monotonic() + 20
+        while not what(self.seen):
+            assert time.monotonic() < deadline, f"{self.name} saw only {self.seen}"
+            self.io.wait(50)
+            self.seen = self.seen.merge(self.io.take() or WorkerReport())
+        return self.seen
+
+
+@pytest.fixture
+def ranks() -> Iterator[Callable[..., Rank]]:
+    made: list[Rank] = []
+
+    def make(*args: object, **kwargs: object) -> Rank:
+        made.append(Rank(*args, **kwargs))  # type: ignore[arg-type]
+        return made[-1]
+
+    yield make
+    for rank in made:
+        rank.io.close()
+
+
+def load(source: Rank, order: str = "o", blocks: tuple[int, ...] = (1, 2, 3), epoch: int = 1) -> LoadOrder:
+    spec = OrderSpec(OrderId(order), RequestId(f"r-{order}"), 0, blocks, LEASE_MS)
+    return LoadOrder(SourceEndpoint(source.io.endpoint), Epoch(epoch), spec)
+
+
+def ready(to: Rank, seq: int, first: int, blocks: list[int], last: bool, order: str = "o") -> Ready:
+    message = Announce(OrderId(order), seq, first, blocks, last)
+    return Ready((PlannedRange(to.caller, message, LEASE_MS),), lambda: True)
+
+
+def test_announced_ranges_are_read_and_unpinned(ranks: Callable[..., Rank]) -> None:
+    source, destination = ranks("source"), ranks("destination")
+    source.memory[:] = np.arange(BLOCKS, dtype=np.uint8)[:, None]
+    destination.io.submit([load(source)])
+    source.io.submit([ready(destination, 0, 0, [5, 6], last=False)])
+    source.io.submit([ready(destination, 1, 2, [7], last=True)])
+    (outcome,) = destination.until(lambda seen: bool(seen.outcomes)).outcomes
+    assert (outcome.reason, outcome.missing, outcome.ranges) == (None, (), 2)
+    assert destination.memory[1:4, 0].tolist() == [5, 6, 7]
+    assert destination.seen.bytes_read == 3 * BLOCK_BYTES
+    assert source.until(lambda seen: len(seen.unpinned) == 2).unpinned == {("o", 0): 1, ("o", 1): 1}
+
+
+def test_an_announcement_that_overtakes_its_load_is_kept(ranks: Callable[..., Rank]) -> None:
+    source, destination = ranks("source"), ranks("destination")
+    destination.io.submit([load(source, "first", (4,))])
+    source.io.submit([ready(destination, 0, 0, [1], last=True, order="first")])
+    destination.until(lambda seen: bool(seen.outcomes))
+    source.io.submit([ready(destination, 0, 0, [1, 2, 3], last=True)])
+    destination.io.submit([load(source)])
+    outcomes = destination.until(lambda seen: len(seen.outcomes) == 2).outcomes
+    assert [outcome.reason for outcome in outcomes] == [None, None]
+
+
+def test_a_range_is_announced_only_after_its_step_has_passed(ranks: Callable[..., Rank]) -> None:
+    source, destination = ranks("source"), ranks("destination")
+    passed = False
+    destination.io.submit([load(source, blocks=(1,))])
+    (planned,) = ready(destination, 0, 0, [5], last=True).ranges
+    source.io.submit([Ready((planned,), lambda: passed)])
+    time.sleep(0.2)
+    assert destination.io.take() is None
+    source.memory[5] = 9
+    passed = True
+    destination.until(lambda seen: bool(seen.outcomes))
+    assert destination.memory[1, 0] == 9
+
+
+def test_a_withdrawn_order_fails_with_its_reason(ranks: Callable[..., Rank]) -> None:
+    source, destination = ranks("source"), ranks("destination")
+    destination.io.submit([load(source)])
+    source.io.submit([Withdraw(destination.caller, OrderId("o"), "refused: too late")])
+    (outcome,) = destination.until(lambda seen: bool(seen.outcomes)).outcomes
+    assert (outcome.reason, outcome.missing) == ("refused: too late", (1, 2, 3))
+
+
+def test_what_arrived_before_a_failure_is_kept(ranks: Callable[..., Rank]) -> None:
+    source, destination = ranks("source"), ranks("destination")
+    destination.io.submit([load(source)])
+    source.io.submit([ready(destination, 0, 0, [5, 6], last=False)])
+    source.until(lambda seen: bool(seen.unpinned))
+    destination.io.submit([Fail(OrderId("o"), "source unreachable")])
+    (outcome,) = destination.until(lambda seen: bool(seen.outcomes)).outcomes
+    assert outcome.missing == (3,)
+
+
+def test_a_cancelled_order_lets_its_source_unpin(ranks: Callable[..., Rank]) -> None:
+    source, destination = ranks("source"), ranks("destination")
+    destination.transport.hold = lambda plan: plan.bytes > BLOCK_BYTES
+    destination.io.submit([load(source)])
+    source.io.submit([ready(destination, 0, 0, [5, 6], last=False)])
+    time.sleep(0.1)
+    destination.io.submit([Fail(OrderId("o"), CANCELLED)])
+    destination.transport.hold = lambda plan: False
+    (outcome,) = destination.until(lambda seen: bool(seen.outcomes)).outcomes
+    assert outcome.reason == CANCELLED
+    source.until(lambda seen: bool(seen.unpinned))
+
+
+def test_a_read_that_never_ends_quarantines_its_blocks_until_it_does(ranks: Callable[..., Rank]) -> None:
+    source, destination = ranks("source"), ranks("destination")
+    stuck = True
+    destination.transport.hold = lambda plan: stuck and plan.bytes > SCRATCH
+    destination.io.submit([load(source)])
+    source.io.submit([ready(destination, 0, 0, [5, 6], last=False)])
+    time.sleep(0.1)
+    destination.io.submit([Fail(OrderId("o"), "source stalled")])
+    (outcome,) = destination.until(lambda seen: bool(seen.outcomes)).outcomes
+    assert outcome.quarantined == (1, 2)
+    assert outcome.missing == (1, 2, 3)
+    stuck = False
+    (drained,) = destination.until(lambda seen: bool(seen.drained)).drained
+    assert drained.blocks == (1, 2)
+
+
+SCRATCH = 64
+
+
+def test_a_failed_read_fails_the_order_and_keeps_the_rest(ranks: Callable[..., Rank]) -> None:
+    source, destination = ranks("source"), ranks("destination")
+    destination.transport.fail = lambda plan: plan.bytes == 2 * BLOCK_BYTES
+    destination.io.submit([load(source, blocks=(1, 2, 3, 4))])
+    source.io.submit([ready(destination, 0, 0, [5], last=False)])
+    source.until(lambda seen: bool(seen.unpinned))
+    source.io.submit([ready(destination, 1, 1, [6, 7], last=False)])
+    (outcome,) = destination.until(lambda seen: bool(seen.outcomes)).outcomes
+    assert (outcome.reason, outcome.missing) == ("read failed", (2, 3, 4))
+
+
+def test_a_silent_source_stalls_the_order(ranks: Callable[..., Rank]) -> None:
+    source, destination = ranks("source"), ranks("destination")
+    command = load(source)
+    source.io.close()
+    destination.io.submit([command])
+    (outcome,) = destination.until(lambda seen: bool(seen.outcomes)).outcomes
+    assert outcome.reason == "source stalled"
+
+
+def test_pins_of_a_vanished_destination_are_released(ranks: Callable[..., Rank]) -> None:
+    source, destination = ranks("source"), ranks("destination")
+    destination.transport.hold = lambda plan: plan.bytes > SCRATCH
+    destination.io.submit([load(source)])
+    source.io.submit([ready(destination, 0, 0, [5, 6], last=False)])
+    time.sleep(0.1)
+    destination.io.close()
+    source.until(lambda seen: seen.unpinned == {("o", 0): 1})
+
+
+def test_a_restarted_destination_frees_what_its_former_life_ordered(ranks: Callable[..., Rank]) -> None:
+    source, former = ranks("source"), ranks("destination")
+    former.transport.hold = lambda plan: plan.bytes > SCRATCH
+    former.io.submit([load(source)])
+    source.io.submit([ready(former, 0, 0, [5, 6], last=False)])
+    time.sleep(0.1)
+    later = ranks("destination", epoch=2)
+    later.io.submit([load(source, "another")])
+    source.until(lambda seen: seen.unpinned == {("o", 0): 1})
+
+
+def test_an_order_for_a_former_life_of_the_source_fails(ranks: Callable[..., Rank]) -> None:
+    source, destination = ranks("source", epoch=2), ranks("destination")
+    destination.io.submit([load(source, "warm", (1,), epoch=2)])
+    source.io.submit([ready(destination, 0, 0, [5], last=True, order="warm")])
+    destination.until(lambda seen: bool(seen.outcomes))
+    destination.io.submit([load(source, epoch=1)])
+    outcomes = destination.until(lambda seen: len(seen.outcomes) == 2).outcomes
+    assert outcomes[-1].reason == "source restarted"
+
+
+@pytest.mark.parametrize(
+    ("theirs", "words"), [({"fingerprint": "other"}, "another kind"), ({"secret": "wrong"}, "secret")]
+)
+def test_a_stranger_is_refused(ranks: Callable[..., Rank], theirs: dict[str, str], words: str) -> None:
+    source, destination = ranks("source", secret="right"), ranks("destination", **{"secret": "right", **theirs})
+    destination.io.submit([load(source)])
+    (outcome,) = destination.until(lambda seen: bool(seen.outcomes)).outcomes
+    assert outcome.reason is not None
+    assert words in outcome.reason
+
+
+def test_a_message_before_any_greeting_and_one_of_another_version_are_refused(ranks: Callable[..., Rank]) -> None:
+    source = ranks("source")
+    with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
+        socket.linger = 0
+        socket.connect(source.io.endpoint)
+        for frame, words in ((encode(Renew(OrderId("o"), 1)), "greet first"), (b"\x09\x00\x90", "protocol 9.0")):
+            socket.send(frame)
+            assert socket.poll(5000)
+            answer = decode_peer(socket.recv())
+            assert isinstance(answer, Refused)
+            assert words in answer.reason
+
+
+def test_the_membership_makes_a_rank_connect_before_the_first_order(ranks: Callable[..., Rank]) -> None:
+    source, destination = ranks("source"), ranks("destination")
+    warmed: list[int] = []
+    destination.transport.hold = lambda plan: bool(warmed.append(plan.bytes))
+    info = EngineInfo(EngineId("source"), Epoch(1), "both", "", [], 1, 1, 1, "same", [source.io.endpoint])
+    with zmq.Context() as context, context.socket(zmq.DEALER) as link:
+        link.linger = 0
+        link.setsockopt(zmq.IDENTITY, OWN_LINK)
+        link.connect(destination.io.endpoint)
+        link.send(encode(Members([info])))
+        deadline = time.monotonic() + 10
+        while not warmed and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert warmed == [SCRATCH]
