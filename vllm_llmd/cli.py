@@ -1,0 +1,64 @@
+"""`vllm-llmd`: one command with the subcommands up, model and router. Errors are one line, and exit status 1 or 2."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from rich.console import Console
+
+import vllm_llmd
+from vllm_llmd import launch, model
+from vllm_llmd.errors import ConfigError, LlmdError
+from vllm_llmd.router import settings as router_settings
+
+
+def parser() -> argparse.ArgumentParser:
+    """Every subcommand with its flags."""
+    whole = argparse.ArgumentParser(prog="vllm-llmd", description=vllm_llmd.__doc__)
+    whole.add_argument("--version", action="version", version=f"vllm-llmd {vllm_llmd.__version__}")
+    commands = whole.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    launch.add_arguments(
+        commands.add_parser(
+            "up",
+            help="a router and vLLM engines on this machine",
+            description="Start a router and vLLM engines on this machine, until Ctrl-C.",
+            usage="vllm-llmd up --model DIR (--prefill N --decode N | --engines N) [options] [-- vLLM flags]",
+        )
+    )
+    model.add_arguments(commands.add_parser("model", help="make a small model directory to try things with"))
+    router_settings.add_arguments(commands.add_parser("router", help="OpenAI front door that knows the KV cache"))
+    return whole
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Runs one command line; returns its exit status. Raises LlmdError."""
+    ours, engine_flags = _split(arguments)
+    args = parser().parse_args(ours)
+    if engine_flags and args.command != "up":
+        raise ConfigError(f"only `up` passes flags on to vLLM; got {' '.join(engine_flags)}")
+    if args.command == "up":
+        return launch.run(launch.spec_from_args(args, engine_flags), Console())
+    if args.command == "model":
+        return model.run(args, lambda line: Console().print(line, highlight=False))
+    from vllm_llmd.router import main as router_main
+
+    return router_main.run(router_settings.from_args(args, os.environ))
+
+
+def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """What stands before the first `--`, and after it."""
+    here = arguments.index("--") if "--" in arguments else len(arguments)
+    return list(arguments[:here]), list(arguments[here + 1 :])
+
+
+def main() -> int:
+    try:
+        return run(sys.argv[1:])
+    except LlmdError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2 if isinstance(error, ConfigError) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
