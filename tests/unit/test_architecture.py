@@ -43,6 +43,7 @@ PURE = (
     "router/decide.py",
     "router/request.py",
     "router/rewrite.py",
+    "vllm_llmd/launch_spec.py",
     "vllm_llmd/names.py",
     "vllm_llmd/errors.py",
     "vllm_llmd/wire.py",
@@ -50,7 +51,13 @@ PURE = (
 
 HOMES: dict[str, tuple[str, ...]] = {
     "nixl": ("kv_connector/nixl_transport.py",),
-    "zmq": ("kv_connector/link.py", "kv_connector/peer_io.py", "kv_connector/warmer.py", "router/ingest.py"),
+    "zmq": (
+        "kv_connector/link.py",
+        "kv_connector/peer_io.py",
+        "kv_connector/peer_sockets.py",
+        "kv_connector/warmer.py",
+        "router/ingest.py",
+    ),
     "vllm": ("kv_connector/connector.py", "kv_connector/vllm_compat.py", "vllm_llmd/plugin.py"),
     "torch": ("kv_connector/vllm_compat.py", "vllm_llmd/model.py", "kernels/"),
     "transformers": ("vllm_llmd/model.py",),
@@ -63,10 +70,8 @@ HOMES: dict[str, tuple[str, ...]] = {
         "router/replies.py",
         "router/upstream.py",
         "router/main.py",
-        "vllm_llmd/demo.py",
-        "vllm_llmd/fleet.py",
-        "vllm_llmd/launch",
     ),
+    "rich": ("vllm_llmd/cli.py", "vllm_llmd/demo.py", "vllm_llmd/launch"),
     "prometheus_client": ("router/observe.py",),
     "uvloop": ("router/main.py",),
 }
