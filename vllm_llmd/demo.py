@@ -33,7 +33,7 @@ ENGINE_FLAGS = ("--dtype", "float32", "--max-model-len", "4096", "--max-num-batc
 
 SOURCE, DESTINATION = "prefill-0", "decode-0"
 ROUNDS = 5
-LINES_OF_DOCUMENT = 90
+LINES_OF_NOTES = 90
 ANSWER_S = 120.0
 
 COUNTERS = {
@@ -64,20 +64,20 @@ class Round:
         return self.alone.text == self.together.text
 
 
-def document(number: int) -> str:
-    """About 2,000 tokens of plain notes. The number in the first line makes every document unknown to every cache."""
+def system_prompt(number: int) -> str:
+    """About 2,000 tokens of plain notes. The number in the first line makes each one unknown to every cache."""
     ships = ("Heron", "Plover", "Curlew", "Avocet", "Dunlin", "Godwit", "Turnstone")
     cargoes = ("timber and rope", "wool and cloth", "salt and barley", "slate and lime", "oranges and cork")
-    lines = [
+    notes = [
         f"The {ships[day % 7]} came in with {cargoes[day % 5]}, and left again on the next tide for the north."
-        for day in range(LINES_OF_DOCUMENT)
+        for day in range(LINES_OF_NOTES)
     ]
-    return "\n".join((f"Copy {number} of the harbour's log book.", *lines))
+    role = "You are a helpful assistant. You answer the user's question in one short sentence."
+    return "\n".join((f"Conversation {number}. {role}", "", "Notes:", *notes))
 
 
 def messages(number: int) -> list[dict[str, str]]:
-    asked = f"{document(number)}\n\nThat was the log book. Now a question about something else: {QUESTION}"
-    return [{"role": "system", "content": "You are a helpful assistant."}, {"role": "user", "content": asked}]
+    return [{"role": "system", "content": system_prompt(number)}, {"role": "user", "content": QUESTION}]
 
 
 def ask(server: str, model: str, number: int, **more: Any) -> Answer:
@@ -178,12 +178,12 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         before = read_counters(fleet)
         with console.status("Warming up"):
             play(fleet, 0)
-        console.print(f"{QUESTION} Asked after a log book of about 2,000 tokens, unknown to every cache:")
+        console.print(f"Asking after 2,000 tokens of notes that are in no cache: {QUESTION}", highlight=False)
         rounds = []
         for number in range(1, args.rounds + 1):
             with console.status(f"Round {number} of {args.rounds}"):
                 rounds.append(play(fleet, number))
-            console.print(_line(number, rounds[-1]), highlight=False)
+            console.print(_line(number, rounds[-1]), highlight=False, soft_wrap=True)
         after = read_counters(fleet)
     return report(rounds, {key: after[key] - before[key] for key in after})
 

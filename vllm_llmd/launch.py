@@ -75,7 +75,8 @@ def run(spec: FleetSpec, console: Console) -> int:
     up = False
     try:
         with signals_as_exceptions():
-            console.print(f"Starting a router and {len(spec.engines)} engines; logs in {spec.log_dir}", highlight=False)
+            names = ", ".join(engine.id for engine in spec.engines)
+            console.print(f"Starting router, {names}; logs in {spec.log_dir}", highlight=False)
             with ExitStack() as screen, Fleet(spec, screen.enter_context(shown_on(console, MonotonicClock()))) as fleet:
                 screen.close()
                 up = True
