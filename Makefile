@@ -22,6 +22,7 @@ SMOLLM2 := .models/smollm2
 MARKER := vllm_llmd_model.json
 LOGS := .logs/demo
 PYTEST := $(PY) -m pytest
+FAST := $(wildcard tests/unit tests/contract tests/process)
 
 # Without this, running from here puts the checkout on sys.path, and transformers takes our kernels/ for its own.
 export PYTHONSAFEPATH := 1
@@ -35,7 +36,7 @@ demo: $(READY) $(SMOLLM2)/$(MARKER) ## two real engines, a router, one chat: end
 	@$(PY) -m vllm_llmd.demo --model $(SMOLLM2) --log-dir $(LOGS)
 
 test: $(READY) $(TINY)/$(MARKER) ## every test, real engines on a tiny model included
-	$(PYTEST) tests
+	$(PYTEST) $(FAST) $(wildcard tests/engine tests/gpu)
 
 check: lint test-unit ## lint and the fast tests: no engine is started
 
@@ -49,7 +50,7 @@ format: $(READY) ## let ruff rewrite what it can
 	$(VENV)/bin/ruff format .
 
 test-unit: $(READY) ## logic, contracts and the router's process, without an engine
-	$(PYTEST) $(wildcard tests/unit tests/contract tests/process)
+	$(PYTEST) $(FAST)
 
 test-engine: $(READY) $(TINY)/$(MARKER) ## real vLLM engines on the tiny model
 	$(PYTEST) $(wildcard tests/engine)
