@@ -46,13 +46,9 @@ class Engine:
     """One engine of a running fleet; `process` changes when it is started again, the address does not."""
 
     spec: EngineSpec
-    port: socket.socket
+    http: str
     process: GuardedProcess
     former_epoch: int | None = None
-
-    @property
-    def http(self) -> str:
-        return f"http://{HOST}:{self.port.getsockname()[1]}"
 
     @property
     def pid(self) -> int:
@@ -82,6 +78,7 @@ class Fleet:
         self._gpus = count_gpus(environ)
         self._router: GuardedProcess | None = None
         self._engines: dict[str, Engine] = {}
+        self._ports: dict[str, socket.socket] = {}
         # Servers on this machine: a proxy must have no part in it.
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
@@ -111,8 +108,8 @@ class Fleet:
             process.ask_to_end()
         for process in processes:
             process.end()
-        for engine in self._engines.values():
-            engine.port.close()
+        for port in self._ports.values():
+            port.close()
 
     # --- engines ----------------------------------------------------------------------------------------------------
 
@@ -165,16 +162,17 @@ class Fleet:
         former = self._engines.get(spec.id)
         if former is not None:
             former.process.end()
-        port = reserve_port(HOST) if former is None else former.port
-        number = port.getsockname()[1]
+        if spec.id not in self._ports:
+            self._ports[spec.id] = reserve_port(HOST)
+        port = self._ports[spec.id].getsockname()[1]
         command = Command(
             name=f"engine {spec.id}",
-            argv=engine_argv(self.spec, spec, number, self.router_zmq, self._gpus),
+            argv=engine_argv(self.spec, spec, port, self.router_zmq, self._gpus),
             env=engine_env(self.spec, spec, self._environ, self._gpus),
             log=self.spec.log_dir / f"{spec.id}.log",
         )
         epoch = self._listed().get(spec.id, {}).get("epoch")
-        self._engines[spec.id] = Engine(spec, port, GuardedProcess(command), epoch)
+        self._engines[spec.id] = Engine(spec, f"http://{HOST}:{port}", GuardedProcess(command), epoch)
 
     def _statuses(self, engine_ids: Sequence[str]) -> list[Status]:
         listed = self._listed()
