@@ -36,10 +36,24 @@ class OrderPolicy:
     seal: Seal
 
 
-def hint_of(request: Any) -> Mapping[str, Any]:
-    """The router's hint, or an empty one. A hint of the wrong shape counts as none."""
-    hint = (request.kv_transfer_params or {}).get(HINT_KEY)
-    return hint if isinstance(hint, dict) else {}
+@dataclass(frozen=True)
+class Hint:
+    """What the router says of a request: who should supply its KV, and what the router calls it."""
+
+    source: EngineId | None = None
+    request: str | None = None
+
+
+def hint_of(request: Any) -> Hint:
+    """The router's hint. What has the wrong shape counts as unsaid."""
+    raw = (request.kv_transfer_params or {}).get(HINT_KEY)
+    if not isinstance(raw, dict):
+        return Hint()
+    source, name = raw.get("source"), raw.get("request")
+    return Hint(
+        EngineId(source) if isinstance(source, str) else None,
+        name if isinstance(name, str) else None,
+    )
 
 
 def ticket_text(ticket: Ticket) -> str:
@@ -59,6 +73,7 @@ class Placing:
         self._members = members
         self._placed: dict[RequestId, OrderId] = {}
         self._tried: set[RequestId] = set()
+        self._chosen: dict[RequestId, EngineInfo] = {}
         self._new: list[PlannedLoad] = []
         self._cancelled: list[OrderId] = []
         self._objections: set[str] = set()
@@ -78,23 +93,26 @@ class Placing:
 
         The last prompt token is always left to this engine, which has to compute it to sample.
         """
-        source = hint_of(request).get("source")
+        source = hint_of(request).source
         if source is None or request.request_id in self._tried:
             return 0
         wanted = request.num_prompt_tokens - 1 - computed
         if wanted < self._policy.min_order_tokens:
             return 0
-        reason = self._objection(request, source)
-        if reason is None:
+        peer = self._members().get(source)
+        reason = self._objection(request, peer)
+        if peer is not None and reason is None:
+            self._chosen[request.request_id] = peer
             return int(wanted)
         self._tried.add(request.request_id)
+        assert reason is not None
         self._fall_back(reason, f"source {source}: {reason}")
         return 0
 
     def allocated(self, request: Any, tokens: int, block_ids: list[int]) -> None:
         """vLLM has given the request blocks for `tokens` tokens: place the order for them."""
         policy = self._policy
-        source = self._members()[hint_of(request)["source"]]
+        source = self._chosen.pop(request.request_id)
         end = request.num_prompt_tokens - 1
         first_block = (end - tokens) // policy.block_size
         last_block = -(-end // policy.block_size)
@@ -120,6 +138,7 @@ class Placing:
     def finished(self, request: Any) -> None:
         """The request is over in this engine; if it still waits for KV, hang up."""
         self._tried.discard(request.request_id)
+        self._chosen.pop(request.request_id, None)
         order = self._placed.get(request.request_id)
         if order is not None:
             self._client.cancel(order)
@@ -164,17 +183,18 @@ class Placing:
         )
         return msgspec.structs.replace(ticket, mac=self._policy.seal.sign(ticket_text(ticket)))
 
-    def _objection(self, request: Any, source: str) -> str | None:
-        """Why the request is not ordered from `source`, or None."""
+    def _objection(self, request: Any, peer: EngineInfo | None) -> str | None:
+        """Why the request is not ordered from `peer`, or None."""
+        if peer is None:
+            return "unknown engine"
         if request.mm_features or request.prompt_embeds is not None or request.prompt_token_ids is None:
             return "prompt is not text alone"
         if request.lora_request is not None:
             return "adapter"
-        peer = self._members().get(EngineId(source))
-        if peer is None:
-            return "unknown engine"
         if peer.id == self._policy.me:
             return "engine itself"
+        if not peer.models:
+            return "serves no model"
         if peer.fingerprint != self._policy.fingerprint or len(peer.workers) != self._policy.tp_size:
             return "fingerprint differs: model, dtype, block size, TP, layout, device and versions must be equal"
         return None

@@ -99,8 +99,8 @@ class SchedulerSide:
     def new_request(self, request: Any) -> None:
         self._requests[request.request_id] = request
         self._load.arrived(request.request_id, request.num_prompt_tokens)
-        name = hint_of(request).get("request")
-        if isinstance(name, str):
+        name = hint_of(request).request
+        if name is not None:
             self._unseen[request.request_id] = name
         self._serving.arrived(request)
 

@@ -119,6 +119,7 @@ class Lab:
     def until(self, what: Callable[[], bool], why: str) -> None:
         deadline = time.monotonic() + DEADLINE_S
         while not what():
+            self.fleet.raise_if_ended()
             assert time.monotonic() < deadline, why
             time.sleep(0.05)
 
@@ -191,7 +192,7 @@ def engine(engine_id: str, role: Any, chunk: int) -> EngineSpec:
     return EngineSpec(
         id=engine_id,
         role=role,
-        flags=("--max-num-batched-tokens", str(chunk)),
+        flags=("--max-num-batched-tokens", str(chunk), "--max-num-seqs", "16"),
         extra_config={"lease_ms": LEASE_MS, "min_order_tokens": 1},
     )
 
@@ -205,10 +206,10 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
         engines=(
             engine("prefill-0", "prefill", 256),
             engine("decode-0", "decode", 256),
-            engine("slow-0", "prefill", 32),
+            engine("slow-0", "prefill", 16),
         ),
         log_dir=tmp_path_factory.mktemp("fleet"),
-        engine_flags=("--served-model-name", "m", "--dtype", "float32", "--max-model-len", "6144"),
+        engine_flags=("--served-model-name", "m", "--dtype", "float32", "--max-model-len", "8192"),
     )
     with Fleet(spec) as fleet:
         lab = Lab(fleet)

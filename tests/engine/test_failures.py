@@ -12,7 +12,7 @@ from vllm_llmd.wire import EngineInfo, Load
 
 BLOCK = 32
 LEASE_MS = 2000
-BLOCKS = 125
+BLOCKS = 250
 TOKENS = BLOCKS * BLOCK
 
 
@@ -152,7 +152,7 @@ def test_a_cancelled_stream_frees_both_engines(lab) -> None:
     body = {
         "model": "m",
         "prompt": lab.prompt(TOKENS),
-        "max_tokens": 1000,
+        "max_tokens": 100,
         "ignore_eos": True,
         "stream": True,
         "kv_transfer_params": {"llmd": {"source": "slow-0"}},

@@ -82,7 +82,7 @@ def test_a_client_can_name_neither_source_nor_order(lab) -> None:
 
 
 def test_hanging_up_on_the_router_frees_both_engines(lab) -> None:
-    long = body(lab.prompt(5000), stream=True, max_tokens=900, ignore_eos=True)
+    long = body(lab.prompt(5000), stream=True, max_tokens=3000, ignore_eos=True)
     connection = lab.router.send("/v1/completions", long)
     lab.until(lambda: lab.engines()["decode-0"]["load"]["running"] == 1, "the request does not run")
     connection.close()
