@@ -178,7 +178,9 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         before = read_counters(fleet)
         with console.status("Warming up"):
             play(fleet, 0)
-        console.print(f"Asking after 2,000 tokens of notes that are in no cache: {QUESTION}", highlight=False)
+        console.print(
+            f"Asking after 2,000 tokens of notes that are in no cache: {QUESTION}", highlight=False, soft_wrap=True
+        )
         rounds = []
         for number in range(1, args.rounds + 1):
             with console.status(f"Round {number} of {args.rounds}"):

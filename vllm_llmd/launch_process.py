@@ -19,7 +19,7 @@ _LOG_TAIL_BYTES = 64 << 10
 _SHOWN_LINES = 5
 _SPEAKER = re.compile(r"^\([^)]*pid=\d+\)\s+")
 _LOG_PREFIX = re.compile(r"^(?:DEBUG|INFO|WARNING|ERROR|CRITICAL) [\d-]+ [\d:.]+ (?:\[[^\]]*\] )?")
-_NAMES_AN_ERROR = re.compile(r"^(?:[\w.]*(?:Error|Exception|Interrupt)\b|\S*error:)")
+_NAMES_AN_ERROR = re.compile(r"^(?:[\w.]*(?:Error|Exception|Interrupt)\b|(?:\S+: )?error:)")
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +115,7 @@ def _own_gpus(spec: FleetSpec, engine: EngineSpec, gpus: int) -> dict[str, str]:
 
 def _tensor_parallel(flags: Sequence[str]) -> int:
     size = 1
-    for flag, following in zip(flags, (*flags[1:], ""), strict=True):
+    for flag, following in pairwise((*flags, "")):
         name, equals, value = flag.partition("=")
         if name in _TENSOR_PARALLEL_FLAGS:
             text = value if equals else following
