@@ -7,6 +7,7 @@ import socket
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -179,7 +180,7 @@ def _server_options(argv: list[str]) -> dict[str, str]:
 def _option(argv: list[str], name: str) -> str | None:
     """The last value of `--name VALUE` or `--name=VALUE`; vLLM takes underscores for dashes."""
     value = None
-    for word, after in zip(argv, [*argv[1:], None], strict=True):
+    for word, after in zip_longest(argv, argv[1:]):
         flag, equals, rest = word.partition("=")
         if flag.replace("_", "-") == f"--{name}":
             value = rest if equals else after
