@@ -46,9 +46,9 @@ class _Lines:
 
 def _table(statuses: Sequence[Status], seconds: float, spinner: Spinner) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
-    table.add_column(width=1)
-    for width in (None, None, 7):
-        table.add_column(no_wrap=True, width=width)
+    table.add_column(min_width=1)
+    for texts in ([each.id for each in statuses], [each.role for each in statuses], ["loading"]):
+        table.add_column(no_wrap=True, min_width=max(map(len, texts)))
     table.add_column(no_wrap=True, overflow="ellipsis", ratio=1, style="dim")
     for status in statuses:
         sign = spinner if status.stage == "loading" else Text("•", style=_COLOURS[status.stage])
