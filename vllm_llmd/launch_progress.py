@@ -5,7 +5,6 @@ from contextlib import contextmanager
 
 from rich.console import Console
 from rich.live import Live
-from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
@@ -23,8 +22,7 @@ def shown_on(console: Console, clock: Clock) -> Iterator[Progress]:
         yield _Lines(console, clock, began_ms)
         return
     with Live(console=console, refresh_per_second=8) as live:
-        spinner = Spinner("dots", style="yellow")
-        yield lambda statuses: live.update(_table(statuses, (clock.now_ms() - began_ms) / 1000, spinner))
+        yield lambda statuses: live.update(_table(statuses, (clock.now_ms() - began_ms) / 1000))
 
 
 class _Lines:
@@ -44,16 +42,14 @@ class _Lines:
                 self._console.print(f"{status.id} ({status.role}): {status.stage}, {seconds:.0f} s", highlight=False)
 
 
-def _table(statuses: Sequence[Status], seconds: float, spinner: Spinner) -> Table:
+def _table(statuses: Sequence[Status], seconds: float) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
-    table.add_column(min_width=1)
     for texts in ([each.id for each in statuses], [each.role for each in statuses], ["loading"]):
         table.add_column(no_wrap=True, min_width=max(map(len, texts)))
     table.add_column(no_wrap=True, overflow="ellipsis", ratio=1, style="dim")
     for status in statuses:
-        sign = spinner if status.stage == "loading" else Text("•", style=_COLOURS[status.stage])
         stage = Text(status.stage, style=_COLOURS[status.stage])
         note = Text("" if status.stage == "ready" else status.note)
-        table.add_row(sign, Text(status.id), Text(status.role), stage, note)
-    table.add_row("", "", "", f"{seconds:.0f} s", "")
+        table.add_row(Text(status.id), Text(status.role), stage, note)
+    table.add_row("", "", f"{seconds:.0f} s", "")
     return table
