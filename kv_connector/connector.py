@@ -92,6 +92,7 @@ class LlmdConnector(KVConnectorBase_V1):
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
+        vllm_compat.spin_briefly()
         self._settings = read_engine_settings(vllm_config.kv_transfer_config.kv_connector_extra_config)
         self._facts = vllm_compat.read_facts(vllm_config, kv_cache_config, self._settings)
         self._scheduler: SchedulerSide | None = None

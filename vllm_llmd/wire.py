@@ -309,7 +309,7 @@ def _decode(decoder: msgspec.msgpack.Decoder[Any], frame: bytes) -> Any:
         )
     try:
         return decoder.decode(memoryview(frame)[2:])
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise MalformedMessageError(f"not a message of protocol {MAJOR}.{MINOR}: {error}") from error
 
 
