@@ -13,6 +13,7 @@ from vllm_llmd.kv_connector.orders import ORDER_KEY
 from vllm_llmd.kv_connector.placing import OrderPolicy, ticket_text
 from vllm_llmd.kv_connector.steps import PlannedRange, StepPlan, Withdraw
 from vllm_llmd.names import OrderId, RequestId
+from vllm_llmd.settings import LEASE_MS_RANGE
 from vllm_llmd.wire import MAJOR, Announce, Ticket
 
 logger = logging.getLogger(__name__)
@@ -145,8 +146,10 @@ class Serving:
             return f"meant for {ticket.source} in life {ticket.source_epoch:x}, which has ended"
         if ticket.fingerprint != self._policy.fingerprint:
             return "fingerprint differs: model, dtype, block size, TP, layout, device and versions must be equal"
-        if ticket.first_block < 0 or ticket.lease_ms < 1:
-            return "first_block must be 0 or more, lease_ms 1 or more"
+        if ticket.first_block < 0:
+            return f"first_block must be 0 or more; got {ticket.first_block}"
+        if not LEASE_MS_RANGE[0] <= ticket.lease_ms <= LEASE_MS_RANGE[1]:
+            return f"lease_ms must be within {LEASE_MS_RANGE}; got {ticket.lease_ms}"
         if not self._policy.seal.verifies(ticket.mac, ticket_text(ticket)):
             return "not signed with this fleet's secret"
         return None

@@ -10,6 +10,9 @@ from vllm_llmd.errors import ConfigError
 from vllm_llmd.names import Role
 from vllm_llmd.wire import EngineInfo
 
+LEASE_MS_RANGE = (200, 60_000)
+"""Shorter leases expire under load; longer ones let a destination that died hold memory for too long."""
+
 
 class EngineSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Settings of one engine; every one has a default, so that `{}` is a working stand-alone engine."""
@@ -68,8 +71,12 @@ def read_engine_settings(extra_config: Mapping[str, Any]) -> EngineSettings:
     for endpoint in settings.routers:
         if not endpoint.startswith(("tcp://", "ipc://")):
             raise ConfigError(f"kv_connector_extra_config 'router' must look like tcp://HOST:PORT; got '{endpoint}'")
-    if settings.lease_ms < 200:
-        raise ConfigError(f"kv_connector_extra_config 'lease_ms' must be at least 200; got {settings.lease_ms}")
+    shortest, longest = LEASE_MS_RANGE
+    if not shortest <= settings.lease_ms <= longest:
+        raise ConfigError(
+            f"kv_connector_extra_config 'lease_ms' must be at least {shortest} and at most {longest}; "
+            f"got {settings.lease_ms}"
+        )
     if settings.min_order_tokens < 1:
         raise ConfigError(
             f"kv_connector_extra_config 'min_order_tokens' must be at least 1; got {settings.min_order_tokens}"

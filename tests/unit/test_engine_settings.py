@@ -24,6 +24,7 @@ def test_one_router_or_several() -> None:
         ({"role": "boss"}, "role"),
         ({"lease_ms": "long"}, "lease_ms"),
         ({"lease_ms": 10}, "at least 200"),
+        ({"lease_ms": 10**6}, "at most 60000"),
         ({"min_order_tokens": 0}, "at least 1"),
         ({"labels": {"zone": 1}}, "labels"),
         ({"peers": [{"id": "x"}]}, "peers"),

@@ -331,6 +331,7 @@ def test_a_served_request_says_so_in_its_response() -> None:
         ({"version": 9}, "protocol 9"),
         ({"first_block": -1}, "first_block"),
         ({"lease_ms": 0}, "lease_ms"),
+        ({"lease_ms": 10**9}, "lease_ms"),
     ],
 )
 def test_a_ticket_that_does_not_hold_is_refused_with_the_reason(changes: dict[str, Any], words: str) -> None:
