@@ -25,7 +25,7 @@ from vllm_llmd.wire import EngineInfo, Load
 
 logger = logging.getLogger(__name__)
 
-IDLE_WAIT_MS = 5.0
+IDLE_WAIT_MS = 10.0
 """How long a worker may block for I/O in a step that computes nothing; a new request waits as long at worst."""
 
 
