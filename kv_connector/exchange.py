@@ -6,9 +6,11 @@ Owns every `Destination` and `Source` of the rank. No sockets, no threads, no cl
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import NewType
 
 from vllm_llmd.kv_connector.lifecycle import (
+    LEASE_EXPIRED,
     Destination,
     Drained,
     OrderSpec,
@@ -27,6 +29,9 @@ SourceEndpoint = NewType("SourceEndpoint", str)
 EARLY_ORDERS = 1024
 """Announcements that overtook their own order's load are kept for at most this many orders."""
 
+LINGER_MS = 600_000.0
+"""How long a source helps reads that may have outlived their lease, unless the destination says that it is done."""
+
 ENDED_ORDERS = 4096
 """Served orders that are remembered, so that a late renewal is told what became of its order."""
 
@@ -38,6 +43,11 @@ class Caller:
     engine: EngineId
     epoch: Epoch
     rank: int
+
+
+def same_rank(one: Caller, other: Caller) -> bool:
+    """Whether both are lives of the same rank of the same engine."""
+    return (one.engine, one.rank) == (other.engine, other.rank)
 
 
 @dataclass(frozen=True)
@@ -69,6 +79,7 @@ class Exchange:
         self._early: OrderedDict[OrderId, list[Announce]] = OrderedDict()
         self._sources: dict[OrderId, tuple[Caller, Source]] = {}
         self._ended: OrderedDict[OrderId, str] = OrderedDict()
+        self._lingering: dict[OrderId, tuple[Caller, float]] = {}
         self._greeted: set[Caller] = set()
         self._undelivered: dict[Caller, list[PeerMessage]] = {}
 
@@ -132,9 +143,14 @@ class Exchange:
         """A rank that wants to read from us is connected: earlier lives of its engine are over."""
         acts: list[Act] = []
         for order, (theirs, source) in list(self._sources.items()):
-            if theirs.engine == caller.engine and theirs.rank == caller.rank and theirs.epoch != caller.epoch:
+            if same_rank(theirs, caller) and theirs != caller:
                 acts += self._of_source(order, source.done("destination restarted"))
-        self._greeted = {c for c in self._greeted if (c.engine, c.rank) != (caller.engine, caller.rank)} | {caller}
+        self._lingering = {
+            order: late
+            for order, late in self._lingering.items()
+            if late[0] == caller or not same_rank(late[0], caller)
+        }
+        self._greeted = {c for c in self._greeted if not same_rank(c, caller)} | {caller}
         acts += [ToDestination(caller, message) for message in self._undelivered.pop(caller, ())]
         return acts
 
@@ -173,6 +189,7 @@ class Exchange:
 
     def _about_unknown(self, caller: Caller, message: Renew | Ack | Done) -> list[Act]:
         if isinstance(message, Done):
+            self._lingering.pop(message.order, None)
             self._remember(message.order, "done")
         if not isinstance(message, Renew):
             return []
@@ -190,6 +207,11 @@ class Exchange:
             self._forget(order)
         for order, (_, source) in list(self._sources.items()):
             acts += self._of_source(order, source.tick(now_ms))
+        for order, (caller, until_ms) in list(self._lingering.items()):
+            if now_ms > until_ms:
+                del self._lingering[order]
+            else:
+                self._lingering[order] = (caller, min(until_ms, now_ms + LINGER_MS))
         return acts
 
     @property
@@ -200,6 +222,11 @@ class Exchange:
     def reads_from(self, endpoint: SourceEndpoint) -> bool:
         """Whether any order of ours is still with the rank at `endpoint`."""
         return any(theirs == endpoint for theirs, _ in self._destinations.values())
+
+    @property
+    def lingering(self) -> bool:
+        """Whether a read from this rank may have outlived its lease: it needs our help to end."""
+        return bool(self._lingering)
 
     @property
     def being_read(self) -> bool:
@@ -227,6 +254,8 @@ class Exchange:
         if source.ended is not None:
             del self._sources[order]
             self._remember(order, source.ended)
+            if source.ended == LEASE_EXPIRED:
+                self._lingering[order] = (caller, inf)
             if caller not in self._greeted and not any(theirs == caller for theirs, _ in self._sources.values()):
                 self._undelivered.pop(caller, None)
         return acts

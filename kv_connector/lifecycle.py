@@ -27,6 +27,10 @@ CANCELLED = "cancelled"
 """Why an order ended whose request is gone: nobody needs to know which of its blocks are missing."""
 
 
+LEASE_EXPIRED = "lease expired"
+"""Why an order ended whose destination has not been heard for a lease: it may be reading all the same."""
+
+
 # --- actions --------------------------------------------------------------------------------------------------
 
 
@@ -152,7 +156,8 @@ class Destination:
         self._reading.discard(seq)
         entry = self._ranges[seq]
         if self.state is DestinationState.CLOSED:
-            return [Drained(self.spec.order, tuple(pair.local for pair in entry.pairs))]
+            drained = Drained(self.spec.order, tuple(pair.local for pair in entry.pairs))
+            return [drained] if self._reading else [drained, Send(Done(self.spec.order))]
         if ok:
             entry.read_at_ms = now_ms
             entry.before_end = not self._end_announced
@@ -239,7 +244,7 @@ class Destination:
             ranges=len(accepted),
             ranges_before_end=sum(entry.before_end for entry in accepted),
         )
-        return [Send(Done(self.spec.order)), outcome]
+        return [outcome] if self._reading else [Send(Done(self.spec.order)), outcome]
 
 
 # --- source ---------------------------------------------------------------------------------------------------
@@ -313,7 +318,7 @@ class Source:
         """Time has passed."""
         if self.ended is not None or self._until_ms is None or now_ms <= self._until_ms:
             return []
-        self.ended = "lease expired"
+        self.ended = LEASE_EXPIRED
         return [*self._release(), Send(Dropped(self.order, self.ended))]
 
     def _release(self) -> list[SourceAction]:

@@ -32,8 +32,10 @@ READ_POLL_S = 0.0005
 """How often a running read is polled: often enough not to show, rarely enough to leave the cores to the model."""
 
 STUCK_READ_MS = 1000.0
+"""Reads are stuck if none has started for so long."""
+
 STUCK_POLL_MS = 20
-"""How often reads are polled when none has started for `STUCK_READ_MS`: their source is stalled, or gone."""
+"""How often reads are polled, or helped along, that are stuck: their source is stalled or gone, or was so."""
 
 SERVE_POLL_MS = 1
 """How often reads by others are helped along, and step events polled."""
@@ -149,9 +151,9 @@ class PeerIo:
             self._hear_source(endpoint, message)
         self._announce_finished_steps()
         self._poll_reads()
-        if self._exchange.being_read or self._helping():
+        if self._exchange.being_read or self._exchange.lingering or self._helping():
             self._transport.progress()
-        if self._exchange.busy:
+        if self._exchange.busy or self._exchange.lingering:
             self._do(self._exchange.tick(self._now()))
         return True
 
@@ -163,6 +165,8 @@ class PeerIo:
             return 0
         if self._exchange.being_read or self._unfinished_steps or self._helping():
             return SERVE_POLL_MS
+        if self._exchange.lingering:
+            return STUCK_POLL_MS
         return BUSY_TICK_MS if self._exchange.busy else IDLE_POLL_MS
 
     def _helping(self) -> bool:

@@ -179,6 +179,12 @@ class TwoEnds(RuleBasedStateMachine):
                 in_flight = {p.local for read in self.reads for p in read.read.pairs if read.read.order == order.id}
                 assert in_flight <= order.quarantined
 
+    @invariant()
+    def a_source_helps_whoever_may_be_reading(self) -> None:
+        """Over some wires a read ends only if its source takes part."""
+        if getattr(self, "reads", None):
+            assert self.source.being_read or self.source.lingering
+
     def teardown(self) -> None:
         """Let everything run out: then every order has ended, nothing is pinned and nothing is in quarantine."""
         if not hasattr(self, "orders"):
@@ -204,6 +210,7 @@ class TwoEnds(RuleBasedStateMachine):
         assert not self.pinned
         assert not self.destination.busy
         assert not self.source.busy
+        assert not self.source.lingering
 
 
 TestTwoEnds = TwoEnds.TestCase
