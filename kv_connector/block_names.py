@@ -62,9 +62,6 @@ class BlockNamer:
         self.unnamed = 0
         """Blocks whose parent is unknown, so that they could not be named."""
 
-    def __len__(self) -> int:
-        return len(self._names)
-
     def name_of(self, block_hash: Hashable) -> BlockName | None:
         """The name of a cached block, by vLLM's hash."""
         return self._names.get(block_hash)

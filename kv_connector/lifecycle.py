@@ -103,7 +103,7 @@ class DestinationState(Enum):
 @dataclass
 class _Range:
     pairs: tuple[BlockPair, ...]
-    before_end: bool
+    before_end: bool = False
     read_at_ms: float | None = None
     accepted: bool = False
 
@@ -128,10 +128,6 @@ class Destination:
         self._reason: str | None = None
 
     @property
-    def reading(self) -> bool:
-        return bool(self._reading)
-
-    @property
     def forgettable(self) -> bool:
         return self.state is DestinationState.CLOSED and not self._reading
 
@@ -144,7 +140,7 @@ class Destination:
         if not pairs:
             return []
         self._end_announced |= message.last
-        self._ranges[message.seq] = _Range(pairs, before_end=False)
+        self._ranges[message.seq] = _Range(pairs)
         self._reading.add(message.seq)
         actions: list[DestinationAction] = [StartRead(self.spec.order, message.seq, pairs)]
         if not self._lease.covers(now_ms + self.spec.lease_ms / 4):
@@ -231,13 +227,12 @@ class Destination:
         if self._reading and now_ms < self._deadline_ms:
             return []
         self.state = DestinationState.CLOSED
-        self._reason = self._reason if self._wanted else None
         quarantined = [pair.local for seq in sorted(self._reading) for pair in self._ranges[seq].pairs]
         accepted = [entry for entry in self._ranges.values() if entry.accepted]
         outcome = Outcome(
             order=self.spec.order,
             request=self.spec.request,
-            reason=self._reason,
+            reason=self._reason if self._wanted else None,
             blocks=len(self.spec.local_blocks),
             missing=tuple(block for block in self.spec.local_blocks if block in self._wanted),
             quarantined=tuple(quarantined),
