@@ -1,7 +1,7 @@
 """The facade that vLLM sees: translates its hooks to the scheduler side and the worker side, and nothing else."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
@@ -11,26 +11,31 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorRole,
     KVConnectorTransferResults,
     KVConnectorWorkerMetadata,
+    SupportsHMA,
 )
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from vllm_llmd.kv_connector import vllm_compat
-from vllm_llmd.kv_connector.metrics import Counters
+from vllm_llmd.kv_connector.addresses import own_host, own_http
+from vllm_llmd.kv_connector.layout import Memory
+from vllm_llmd.kv_connector.metrics import Metrics, MetricTypes
 from vllm_llmd.kv_connector.report import WorkerReport
 from vllm_llmd.kv_connector.scheduler_side import RankIntroduction, SchedulerSide
 from vllm_llmd.kv_connector.seal import Seal
+from vllm_llmd.kv_connector.stats import merge
 from vllm_llmd.kv_connector.steps import StepPlan
-from vllm_llmd.kv_connector.worker_side import CacheMemory, RankFacts, Results, WorkerSide, draw_epoch
+from vllm_llmd.kv_connector.vllm_facts import read_facts, warn_of_what_should_differ
+from vllm_llmd.kv_connector.worker_side import NOTHING, CacheMemory, RankFacts, WorkerSide, draw_epoch
 from vllm_llmd.names import EngineId, Epoch
 from vllm_llmd.settings import read_engine_settings
 
 
 @dataclass
 class StepMetadata(KVConnectorMetadata):
-    """A StepPlan on its way to the workers."""
+    """A StepPlan on its way to the workers; None if there is nothing to tell."""
 
-    plan: StepPlan = field(default_factory=StepPlan)
+    plan: StepPlan | None = None
 
 
 @dataclass
@@ -61,14 +66,10 @@ class TransferStats(KVConnectorStats):
     def aggregate(self, other: KVConnectorStats) -> KVConnectorStats:
         if not self.data or not other.data:
             return self if self.data else other
-        merged = {key: self.data[key] + other.data[key] for key in self.data if key != "fallbacks"}
-        fallbacks = dict(self.data["fallbacks"])
-        for reason, count in other.data["fallbacks"].items():
-            fallbacks[reason] = fallbacks.get(reason, 0) + count
-        return TransferStats(data={**merged, "fallbacks": fallbacks})
+        return TransferStats(data=merge(self.data, other.data))
 
     def reduce(self) -> dict[str, int | float]:
-        return {key: value for key, value in self.data.items() if key != "fallbacks" and value}
+        return {key: value for key, value in self.data.items() if isinstance(value, int | float) and value}
 
     def is_empty(self) -> bool:
         return not self.data
@@ -79,13 +80,14 @@ class TransferMetrics(KVConnectorPromMetrics):
 
     def __init__(self, config: Any, metric_types: Any, labelnames: list[str], values: dict[int, list[object]]) -> None:
         super().__init__(config, metric_types, labelnames, values)
-        self._counters = Counters(self._counter_cls, labelnames, values)
+        types = MetricTypes(self._counter_cls, self._gauge_cls, self._histogram_cls)
+        self._metrics = Metrics(types, labelnames, values)
 
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
-        self._counters.observe(transfer_stats_data, engine_idx)
+        self._metrics.observe(transfer_stats_data, engine_idx)
 
 
-class LlmdConnector(KVConnectorBase_V1):
+class LlmdConnector(KVConnectorBase_V1, SupportsHMA):
     """Joins a vLLM engine to the fleet. Configured by `--kv-transfer-config`; see README.md."""
 
     _cache_hit_source = CacheHitSource.P2P
@@ -94,13 +96,15 @@ class LlmdConnector(KVConnectorBase_V1):
         super().__init__(vllm_config, role, kv_cache_config)
         vllm_compat.spin_briefly()
         self._settings = read_engine_settings(vllm_config.kv_transfer_config.kv_connector_extra_config)
-        self._facts = vllm_compat.read_facts(vllm_config, kv_cache_config, self._settings)
+        self._facts = read_facts(vllm_config, kv_cache_config, self._settings)
+        self._one_group = len(self._facts.geometry.groups) == 1
+        self._layer_numbers = {layer.name: number for number, layer in enumerate(self._facts.layers)}
         self._scheduler: SchedulerSide | None = None
         self._worker: WorkerSide | None = None
-        self._results = Results()
+        self._results = NOTHING
         if role == KVConnectorRole.SCHEDULER:
-            vllm_compat.warn_of_what_should_differ(vllm_config)
-            http = vllm_compat.own_http(self._settings)
+            warn_of_what_should_differ(vllm_config)
+            http = own_http(self._settings)
             self._scheduler = SchedulerSide(self._facts, self._settings, http)
 
     @property
@@ -127,13 +131,17 @@ class LlmdConnector(KVConnectorBase_V1):
 
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
         tokens = self._scheduling.tokens_to_load(request, num_computed_tokens)
-        return tokens, tokens > 0
+        return tokens, bool(tokens)
+
+    def get_loaded_kv_cache_group_ids(self, request: Any) -> tuple[int, ...]:
+        """All groups: a request's own blocks are what is moved."""
+        return tuple(range(len(self._facts.geometry.groups)))
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         self._scheduling.allocated(request, num_external_tokens)
 
     def build_connector_meta(self, scheduler_output: Any) -> KVConnectorMetadata:
-        return StepMetadata(self._scheduling.plan_step(scheduler_output.num_scheduled_tokens))
+        return StepMetadata(self._scheduling.plan_step(scheduler_output.num_scheduled_tokens) or None)
 
     def update_connector_output(self, connector_output: Any) -> None:
         metadata = connector_output.kv_connector_worker_meta
@@ -141,6 +149,11 @@ class LlmdConnector(KVConnectorBase_V1):
         self._scheduling.take_report(report, connector_output.finished_recving or ())
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+        return False, self._scheduling.request_finished(request)
+
+    def request_finished_all_groups(
+        self, request: Any, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
         return False, self._scheduling.request_finished(request)
 
     def take_events(self) -> Iterable[Any]:
@@ -157,24 +170,26 @@ class LlmdConnector(KVConnectorBase_V1):
         return self._worker
 
     def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
-        caches = list(kv_caches.values())
-        memory, device_id = vllm_compat.device_of(caches[0])
+        facts = self._facts
+        layers = vllm_compat.layer_views(kv_caches, facts.layers, facts.num_blocks)
+        caches = [kv_caches[layer.name] for layer in facts.layers]
+        kind, device_id = vllm_compat.device_of(caches[0])
         cache = CacheMemory(
-            views=tuple(vllm_compat.tensor_view(tensor) for tensor in caches),
+            layers=tuple(layers),
             spans=tuple(vllm_compat.storage_spans(caches)),
-            memory=memory,
-            device_id=device_id,
+            memory=Memory(facts.num_blocks, kind, device_id),
+            mark_step=vllm_compat.step_marker(kind),
+            new_staging=vllm_compat.staging_for(caches),
         )
-        facts = RankFacts(
-            engine=EngineId(self._facts.id),
+        rank = RankFacts(
+            engine=EngineId(facts.id),
             rank=vllm_compat.tensor_rank(),
             epoch=Epoch(vllm_compat.agree(draw_epoch())),
-            fingerprint=self._facts.fingerprint,
-            host=vllm_compat.own_host(self._settings),
-            num_blocks=self._facts.num_blocks,
+            fingerprint=facts.fingerprint,
+            geometry=facts.geometry,
+            host=own_host(self._settings),
         )
-        mark_step = vllm_compat.step_marker(memory)
-        self._worker = WorkerSide(facts, cache, Seal(self._settings.secret), mark_step)
+        self._worker = WorkerSide(rank, cache, Seal(self._settings.secret))
 
     def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:
         return HandshakeMetadata(RankIntroduction(self._working.endpoint, self._working.epoch))
@@ -182,7 +197,8 @@ class LlmdConnector(KVConnectorBase_V1):
     def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
         super().bind_connector_metadata(connector_metadata)
         assert isinstance(connector_metadata, StepMetadata)
-        self._working.begin_step(connector_metadata.plan)
+        if connector_metadata.plan is not None:
+            self._working.begin_step(connector_metadata.plan)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         """Nothing: loads start in `bind_connector_metadata`, before the forward."""
@@ -191,17 +207,20 @@ class LlmdConnector(KVConnectorBase_V1):
         """Nothing: a request runs only when all its KV is there."""
 
     def save_kv_layer(self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any) -> None:
-        """Nothing: blocks are read from where they are."""
+        """Blocks are read from where they are; only that the layer is written is of interest, if layers stream."""
+        self._working.layer_done(self._layer_numbers[layer_name])
 
     def wait_for_save(self) -> None:
         """Nothing: blocks stay where they are."""
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
         self._results = self._working.end_step()
-        return KVConnectorTransferResults(finished_recving=set(self._results.received))
+        failed = set() if self._one_group else set(self._results.failed)
+        return KVConnectorTransferResults(finished_recving=set(self._results.received), failed_recving=failed)
 
     def get_block_ids_with_load_errors(self) -> set[int]:
-        return self._results.missing_blocks
+        """What has not arrived, block by block; with several groups vLLM wants to hear of whole requests instead."""
+        return self._results.missing_blocks if self._one_group else set()
 
     def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
         report = self._results.report
@@ -216,6 +235,16 @@ class LlmdConnector(KVConnectorBase_V1):
     @classmethod
     def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> KVConnectorStats | None:
         return TransferStats(data=data or {})
+
+    @classmethod
+    def get_required_kvcache_layout(cls, vllm_config: Any) -> str | None:
+        """All layers of a block side by side: a block is then one run to read, whatever the number of layers."""
+        return "BLHNC"
+
+    @classmethod
+    def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
+        """Layers are told of one by one from within the forward, which a whole graph would skip."""
+        return extra_config.get("stream") == "layers"
 
     @classmethod
     def build_prom_metrics(

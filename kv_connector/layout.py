@@ -1,4 +1,4 @@
-"""Pure arithmetic from block ids to byte ranges. Knows nothing of torch, vLLM or NIXL.
+"""Pure: where a rank's KV cache lies, from the strides of its tensors. Knows nothing of torch, vLLM or NIXL.
 
 A region is one place where blocks lie at a fixed stride: one per layer, two where keys and values are apart.
 """
@@ -6,15 +6,19 @@ A region is one place where blocks lie at a fixed stride: one per layer, two whe
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from vllm_llmd.errors import ConfigError
-from vllm_llmd.wire import Regions
+from vllm_llmd.wire import Component, Interior, Regions
 
 Runs = npt.NDArray[np.uint64]
 """Byte runs, shape (n, 3): address, length in bytes, device id."""
+
+Order = Literal["cells", "keys transposed", "opaque"]
+"""What stands within a head of a block: a cell per token, all keys [channel, token] before all values, or unknown."""
 
 
 @dataclass(frozen=True)
@@ -28,25 +32,56 @@ class TensorView:
 
 
 @dataclass(frozen=True)
+class LayerView:
+    """One layer's cache: which layer and KV cache group, its tensor, and how it is to be read."""
+
+    layer: int
+    group: int
+    tensor: TensorView
+    order: Order
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Where a rank's cache is: kind and device as NIXL names them."""
+
+    num_blocks: int
+    kind: str
+    device_id: int
+
+
+@dataclass(frozen=True)
 class Region:
     """Blocks at `base + b * stride`, `block_bytes` each."""
 
     base: int
     stride: int
     block_bytes: int
+    interior: Interior
 
 
 @dataclass(frozen=True)
-class BlockPair:
-    """One block to copy: source's block id, destination's block id."""
+class CellCopy:
+    """One cell to copy, within one group: part `remote_part` of a block of the source to a part of one of ours.
 
+    A cell is as many tokens as the smaller of the two block sizes; with equal sizes it is a block and the parts are 0.
+    """
+
+    group: int
     remote: int
+    remote_part: int
     local: int
+    local_part: int
 
 
-def regions_of(tensor: TensorView, num_blocks: int) -> list[Region]:
+UNKNOWN = Interior(0, 0, 0, [])
+"""The interior of blocks of which nothing is known but where they begin and end."""
+
+
+def regions_of(tensor: TensorView, num_blocks: int, order: Order = "opaque") -> list[Region]:
     """The regions of one layer's cache tensor, from its strides.
 
+    A tensor (blocks, heads, tokens, content) is read as what it is, any other shape as whole blocks.
     Raises ConfigError if a block is not made of contiguous runs.
     """
     dim = _block_dim(tensor, num_blocks)
@@ -63,7 +98,27 @@ def regions_of(tensor: TensorView, num_blocks: int) -> list[Region]:
     for outer_stride, size in outer:
         bases = [base + i * outer_stride * tensor.itemsize for i in range(size) for base in bases]
     block_bytes = prod(size for _, size in inner) * tensor.itemsize
-    return [Region(base, stride * tensor.itemsize, block_bytes) for base in sorted(bases)]
+    interior = _interior(tensor, order) if len(tensor.shape) == 4 and dim == 0 and not outer else UNKNOWN
+    return [Region(base, stride * tensor.itemsize, block_bytes, interior) for base in sorted(bases)]
+
+
+def pack_regions(layers: Sequence[LayerView], memory: Memory) -> Regions:
+    """All regions of a rank as they travel to another engine. Raises as `regions_of` does."""
+    kinds: dict[str, int] = {}
+    interiors: list[Interior] = []
+    packed = Regions([], [], [], [], [], [], interiors, memory.num_blocks, memory.device_id, memory.kind)
+    for view in layers:
+        for region in regions_of(view.tensor, memory.num_blocks, view.order):
+            kind = kinds.setdefault(repr(region.interior), len(interiors))
+            if kind == len(interiors):
+                interiors.append(region.interior)
+            packed.bases.append(region.base)
+            packed.strides.append(region.stride)
+            packed.block_bytes.append(region.block_bytes)
+            packed.layers.append(view.layer)
+            packed.groups.append(view.group)
+            packed.kinds.append(kind)
+    return packed
 
 
 def _block_dim(tensor: TensorView, num_blocks: int) -> int:
@@ -73,66 +128,21 @@ def _block_dim(tensor: TensorView, num_blocks: int) -> int:
     return max(dims, key=lambda d: tensor.strides[d])
 
 
-def pack_regions(regions: Sequence[Region], num_blocks: int, device_id: int, memory: str) -> Regions:
-    """Regions as they travel to another engine."""
-    return Regions(
-        bases=[r.base for r in regions],
-        strides=[r.stride for r in regions],
-        block_bytes=[r.block_bytes for r in regions],
-        num_blocks=num_blocks,
-        device_id=device_id,
-        memory=memory,
-    )
-
-
-def one_run(address: int, length: int) -> Runs:
-    """A single run of host memory."""
-    return np.array([[address, length, 0]], dtype=np.uint64)
-
-
-def read_runs(local: Regions, remote: Regions, pairs: Sequence[BlockPair]) -> tuple[Runs, Runs]:
-    """Byte runs that copy `pairs` from `remote` to `local`, region by region, merged where both sides touch.
-
-    Example: blocks 4,5,6 into 9,10,12 with dense regions are two runs a region: (4,5)->(9,10) and 6->12.
-    Raises ConfigError if the two sides do not have the same regions or a block id is out of range.
-    """
-    if local.block_bytes != remote.block_bytes:
-        raise ConfigError(
-            f"KV blocks differ: {len(local.block_bytes)} regions here, {len(remote.block_bytes)} at the source"
-        )
-    for pair in pairs:
-        if not (0 <= pair.remote < remote.num_blocks and 0 <= pair.local < local.num_blocks):
-            raise ConfigError(f"block out of range: {pair}, {remote.num_blocks} blocks there, {local.num_blocks} here")
-    ordered = sorted(pairs, key=lambda p: (p.local, p.remote))
-    starts, lengths = _consecutive(ordered)
-    first_local = np.array([ordered[i].local for i in starts], dtype=np.uint64)
-    first_remote = np.array([ordered[i].remote for i in starts], dtype=np.uint64)
-    local_rows: list[Runs] = []
-    remote_rows: list[Runs] = []
-    for index, block_bytes in enumerate(local.block_bytes):
-        dense = local.strides[index] == block_bytes == remote.strides[index]
-        if dense:
-            firsts_local, firsts_remote, counts = first_local, first_remote, lengths
-        else:
-            firsts_local = np.array([p.local for p in ordered], dtype=np.uint64)
-            firsts_remote = np.array([p.remote for p in ordered], dtype=np.uint64)
-            counts = np.ones(len(ordered), dtype=np.uint64)
-        sizes = counts * np.uint64(block_bytes)
-        local_rows.append(_rows(local, index, firsts_local, sizes))
-        remote_rows.append(_rows(remote, index, firsts_remote, sizes))
-    return np.concatenate(local_rows), np.concatenate(remote_rows)
-
-
-def _consecutive(ordered: Sequence[BlockPair]) -> tuple[list[int], npt.NDArray[np.uint64]]:
-    starts = [
-        i
-        for i, pair in enumerate(ordered)
-        if i == 0 or pair.local != ordered[i - 1].local + 1 or pair.remote != ordered[i - 1].remote + 1
-    ]
-    return starts, np.diff(np.array([*starts, len(ordered)])).astype(np.uint64)
-
-
-def _rows(regions: Regions, index: int, blocks: npt.NDArray[np.uint64], sizes: npt.NDArray[np.uint64]) -> Runs:
-    addresses = np.uint64(regions.bases[index]) + blocks * np.uint64(regions.strides[index])
-    devices = np.full(len(blocks), regions.device_id, dtype=np.uint64)
-    return np.stack([addresses, sizes, devices], axis=1)
+def _interior(tensor: TensorView, order: Order) -> Interior:
+    """Of a tensor (blocks, heads, tokens, content)."""
+    _, heads, tokens, content = tensor.shape
+    item = tensor.itemsize
+    _, head, token, channel = (stride * item for stride in tensor.strides)
+    head_bytes = tokens * content * item
+    one_run = heads == 1 or head == head_bytes
+    if order == "cells":
+        cells = Component(0, head, token, channel, content, item)
+        return Interior(heads, tokens, head_bytes if one_run else 0, [cells])
+    if not one_run:
+        raise ConfigError(f"a head of a KV block must be one contiguous run; got shape {tensor.shape}")
+    if order == "opaque":
+        return Interior(heads, tokens, head_bytes, [])
+    width = content // 2
+    keys = Component(0, head_bytes, item, tokens * item, width, item)
+    values = Component(tokens * width * item, head_bytes, width * item, item, width, item)
+    return Interior(heads, tokens, head_bytes, [keys, values])

@@ -8,7 +8,7 @@ import logging
 import queue
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import aiohttp
@@ -27,11 +27,12 @@ CONNECT_TIMEOUT_S = 5.0
 
 @dataclass(frozen=True)
 class HttpOrder:
-    """What to POST, and where. `body` lacks the ticket."""
+    """What to POST, and where. `body` lacks the ticket; `headers` carry the trace on."""
 
     url: str
     ticket: Ticket
     body: Mapping[str, Any]
+    headers: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ class OrderClient:
             connector = aiohttp.TCPConnector(limit=0)
             self._session = aiohttp.ClientSession(timeout=timeout, connector=connector, headers=self._headers)
         body = {**order.body, "kv_transfer_params": {ORDER_KEY: msgspec.to_builtins(order.ticket)}}
-        headers = {"X-Request-Id": order.ticket.order}
+        headers = {**order.headers, "X-Request-Id": order.ticket.order}
         url = f"{order.url}/v1/completions"
         async with self._session.post(url, data=msgspec.json.encode(body), headers=headers) as response:
             content = await response.read()

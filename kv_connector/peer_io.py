@@ -10,20 +10,24 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import zmq
 
 from vllm_llmd.clock import Clock
 from vllm_llmd.errors import ConfigError, TransferError, WireError
-from vllm_llmd.kv_connector.exchange import Act, Caller, Exchange, ReadFrom, SourceEndpoint, ToDestination, ToSource
-from vllm_llmd.kv_connector.layout import one_run, read_runs
+from vllm_llmd.kv_connector.bridge import Bridge, one_run
+from vllm_llmd.kv_connector.delivery import SourceEndpoint
+from vllm_llmd.kv_connector.exchange import Act, Caller, Exchange, ReadFrom, ToDestination, ToSource
 from vllm_llmd.kv_connector.lifecycle import Drained, Outcome, Unpin
 from vllm_llmd.kv_connector.peer_sockets import Callers, FleetChanged, Greeted, Heard, Peer, PeerSettings, Sources
+from vllm_llmd.kv_connector.reads import Ended, Reads
 from vllm_llmd.kv_connector.report import WorkerReport
-from vllm_llmd.kv_connector.steps import Fail, Finish, LoadOrder, Ready, Withdraw
-from vllm_llmd.kv_connector.transport import SCRATCH_BYTES, ReadId, ReadPlan, ReadState, Transport
+from vllm_llmd.kv_connector.staging import Staging
+from vllm_llmd.kv_connector.steps import Fail, Finish, Load, Reader, Ready, Withdraw
+from vllm_llmd.kv_connector.topology import HeadSlice, edges, readers_of
+from vllm_llmd.kv_connector.transport import SCRATCH_BYTES, PeerName, ReadId, ReadPlan, ReadState, Transport
 from vllm_llmd.wire import Greeting, PeerMessage, Refused, Regions
 
 logger = logging.getLogger(__name__)
@@ -47,23 +51,26 @@ IDLE_POLL_MS = 1000
 BUSY_TICK_MS = 50
 """How often deadlines are looked at while any order is alive."""
 
-Command = LoadOrder | Ready | Withdraw | Fail | Finish
+Command = Load | Ready | Withdraw | Fail | Finish
 
 
 @dataclass(frozen=True)
-class _Reading:
-    order: ReadFrom
-    bytes: int
-    started_ms: float
+class CacheAccess:
+    """How this rank's cache is read and written: the transport it is registered with, where it lies, and staging."""
+
+    transport: Transport
+    regions: Regions
+    new_staging: Callable[[], Staging]
 
 
 class PeerIo:
     """Start it once; `endpoint` is where other ranks find this one."""
 
-    def __init__(self, settings: PeerSettings, transport: Transport, regions: Regions, clock: Clock) -> None:
+    def __init__(self, settings: PeerSettings, cache: CacheAccess, clock: Clock) -> None:
         self._me = settings.me
-        self._transport = transport
-        self._regions = regions
+        self._geometry = settings.geometry
+        self._transport = cache.transport
+        self._regions = cache.regions
         self._clock = clock
         self._exchange = Exchange()
         self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
@@ -78,14 +85,17 @@ class PeerIo:
             engine=settings.me.engine,
             epoch=settings.me.epoch,
             fingerprint=settings.fingerprint,
-            agent=transport.metadata(),
-            regions=regions,
-            scratch=transport.scratch(),
+            agent=cache.transport.metadata(),
+            regions=cache.regions,
+            scratch=cache.transport.scratch(),
         )
         self.endpoint = self._callers.endpoint
         self._sources = Sources(self._context, self._poller, settings)
-        self._reads: dict[ReadId, _Reading] = {}
-        self._warming: set[ReadId] = set()
+        self._reads = Reads(cache.transport, cache.regions, cache.new_staging)
+        self._bridges: dict[tuple[SourceEndpoint, HeadSlice | None], Bridge] = {}
+        self._warming: dict[ReadId, PeerName] = {}
+        self._leaving: set[SourceEndpoint] = set()
+        self._retired: set[PeerName] = set()
         self._help_until_ms = 0.0
         self._read_started_ms = 0.0
         self._unfinished_steps: list[Ready] = []
@@ -154,11 +164,21 @@ class PeerIo:
         if self._exchange.being_read or self._exchange.lingering or self._helping():
             self._transport.progress()
         if self._exchange.busy or self._exchange.lingering:
-            self._do(self._exchange.tick(self._now()))
+            self._tick()
+        if self._leaving or self._retired:
+            self._part()
         return True
 
+    def _tick(self) -> None:
+        before = self._exchange.expired
+        self._do(self._exchange.tick(self._now()))
+        if self._exchange.expired > before:
+            with self._report_lock:
+                self._report.leases_expired += self._exchange.expired - before
+            self._something.set()
+
     def _poll_ms(self) -> int:
-        if self._reads or self._warming:
+        if self._reads.active or self._warming:
             if self._now() - self._read_started_ms > STUCK_READ_MS:
                 return STUCK_POLL_MS
             time.sleep(READ_POLL_S)
@@ -185,25 +205,29 @@ class PeerIo:
             match command:
                 case None:
                     return False
-                case LoadOrder():
+                case Load():
                     self._load(command)
                 case Ready():
                     self._unfinished_steps.append(command)
-                case Withdraw(caller=caller, order=order, reason=reason):
-                    self._do(self._exchange.withdrawn(self._of_this_rank(caller), order, reason))
+                case Withdraw(reader=reader, order=order, reason=reason):
+                    for caller in self._ranks_of(reader):
+                        self._do(self._exchange.withdrawn(caller, order, reason))
                 case Fail(order=order, reason=reason):
                     self._do(self._exchange.failed(order, reason, self._now()))
                 case Finish(order=order):
                     self._do(self._exchange.source_finished(order, self._now()))
 
-    def _of_this_rank(self, caller: Caller) -> Caller:
-        return Caller(caller.engine, caller.epoch, self._me.rank)
+    def _ranks_of(self, reader: Reader) -> list[Caller]:
+        """The ranks of an engine that read from this one."""
+        between = edges(self._geometry.tp, reader.tp, self._geometry.kv_heads)
+        return [Caller(reader.engine, reader.epoch, rank) for rank in readers_of(self._me.rank, between)]
 
-    def _load(self, command: LoadOrder) -> None:
-        peer = self._sources.reach(command.endpoint)
-        self._do(self._exchange.load(command.endpoint, command.spec, self._now()))
-        if peer.epoch is not None and peer.epoch != command.epoch:
-            self._do(self._exchange.failed(command.spec.order, "source restarted", self._now()))
+    def _load(self, command: Load) -> None:
+        peers = [(each, self._sources.reach(each.endpoint)) for each in command.expected]
+        self._do(self._exchange.load(command.expected, self._now()))
+        for each, peer in peers:
+            if peer.epoch is not None and peer.epoch != each.epoch:
+                self._do(self._exchange.failed(each.spec.order, "source restarted", self._now()))
 
     # --- messages ---------------------------------------------------------------------------------------------
 
@@ -218,8 +242,7 @@ class PeerIo:
                 case FleetChanged(endpoints):
                     for endpoint in endpoints:
                         self._sources.reach(endpoint)
-                    for endpoint in self._sources.endpoints - endpoints:
-                        self._leave(endpoint)
+                    self._leaving = set(self._sources.endpoints - endpoints)
 
     def _hear_source(self, endpoint: SourceEndpoint, message: PeerMessage | WireError) -> None:
         match message:
@@ -230,7 +253,7 @@ class PeerIo:
                     self._lose(endpoint, str(error))
             case Refused(reason=reason):
                 self._lose(endpoint, reason)
-                self._leave(endpoint)
+                self._leaving.add(endpoint)
             case WireError():
                 self._lose(endpoint, str(message))
             case _:
@@ -238,23 +261,38 @@ class PeerIo:
 
     def _connect(self, peer: Peer, greeting: Greeting) -> None:
         """Learn how to read from a peer, and read a few bytes: the first read of all makes the wire ready."""
+        if peer.name is not None and peer.epoch != greeting.epoch:
+            self._lose(peer.endpoint, "source restarted")
+            self._retired.add(peer.name)
         peer.name = self._transport.connect(greeting.agent)
         peer.regions, peer.epoch = greeting.regions, greeting.epoch
+        self._forget_bridges(peer.endpoint)
         local, remote = one_run(self._transport.scratch(), SCRATCH_BYTES), one_run(greeting.scratch, SCRATCH_BYTES)
         self._read_started_ms = self._now()
-        self._warming.add(self._transport.start_read(ReadPlan(peer.name, local, remote, "DRAM", "DRAM")))
+        self._warming[self._transport.start_read(ReadPlan(peer.name, local, remote, "DRAM", "DRAM"))] = peer.name
 
     def _lose(self, endpoint: SourceEndpoint, reason: str) -> None:
         logger.error("llmd peer %s: %s", endpoint, reason)
         self._do(self._exchange.source_lost(endpoint, reason, self._now()))
 
-    def _leave(self, endpoint: SourceEndpoint) -> None:
-        """Forget a rank that is gone or refuses us; the next order to it starts afresh."""
-        if endpoint not in self._sources.endpoints or self._exchange.reads_from(endpoint):
-            return
-        name = self._sources.leave(endpoint)
-        if name is not None:
+    def _part(self) -> None:
+        """Forget ranks that are gone, have restarted or refuse us, once nothing is read from them any more.
+
+        The next order to such a rank starts afresh.
+        """
+        for endpoint in [endpoint for endpoint in self._leaving if not self._exchange.reads_from(endpoint)]:
+            self._leaving.discard(endpoint)
+            if endpoint in self._sources.endpoints:
+                name = self._sources.leave(endpoint)
+                self._forget_bridges(endpoint)
+                self._retired |= set() if name is None else {name}
+        reading = self._reads.peers | set(self._warming.values())
+        for name in self._retired - reading:
+            self._retired.discard(name)
             self._transport.disconnect(name)
+
+    def _forget_bridges(self, endpoint: SourceEndpoint) -> None:
+        self._bridges = {key: bridge for key, bridge in self._bridges.items() if key[0] != endpoint}
 
     # --- steps and reads --------------------------------------------------------------------------------------
 
@@ -263,41 +301,42 @@ class PeerIo:
         while self._unfinished_steps and self._unfinished_steps[0].step_done():
             step = self._unfinished_steps.pop(0)
             for planned in step.ranges:
-                caller = self._of_this_rank(planned.caller)
-                self._do(self._exchange.ready(caller, planned.message, planned.lease_ms, self._now()))
+                for caller in self._ranks_of(planned.reader):
+                    self._do(self._exchange.ready(caller, planned.message, planned.lease_ms, self._now()))
 
     def _poll_reads(self) -> None:
-        self._warming = {read for read in self._warming if self._transport.poll(read) is ReadState.RUNNING}
-        for read_id, reading in list(self._reads.items()):
-            state = self._transport.poll(read_id)
-            if state is not ReadState.RUNNING:
-                del self._reads[read_id]
-                self._read_ended(reading, ok=state is ReadState.FINISHED)
+        for read in list(self._warming):
+            if self._transport.poll(read) is not ReadState.RUNNING:
+                del self._warming[read]
+        if self._reads.active:
+            for ended in self._reads.poll(self._now()):
+                self._read_ended(ended)
 
-    def _read_ended(self, reading: _Reading, ok: bool) -> None:
-        read = reading.order.read
-        now_ms = self._now()
-        if ok:
+    def _read_ended(self, ended: Ended) -> None:
+        if ended.ok:
             with self._report_lock:
-                self._report.read(reading.bytes, now_ms - reading.started_ms)
+                self._report.read(ended.bytes, ended.read_ms - ended.started_ms)
             self._something.set()
-        self._do(self._exchange.read_finished(read.order, read.seq, ok, now_ms))
+        act = ended.act
+        self._do(self._exchange.read_finished(act.strand, act.read.seq, ended.bytes, ended.ok, ended.read_ms))
 
     def _start_read(self, act: ReadFrom) -> None:
         peer = self._sources.reach(act.endpoint)
-        started_ms = self._now()
+        self._read_started_ms = self._now()
         try:
             if peer.name is None or peer.regions is None:
                 raise TransferError(f"{act.endpoint} announced blocks before it greeted")
-            local, remote = read_runs(self._regions, peer.regions, act.read.pairs)
-            plan = ReadPlan(peer.name, local, remote, self._regions.memory, peer.regions.memory)
-            read_id = self._transport.start_read(plan)
+            work = self._bridge(act, peer.regions).plan(act.read.cells, act.read.first_layer, act.read.end_layer)
+            self._reads.start(act, peer.name, peer.regions.memory, work, self._read_started_ms)
         except (TransferError, ConfigError) as error:
             logger.error("llmd order %s: %s", act.read.order, error)
-            self._do(self._exchange.read_finished(act.read.order, act.read.seq, False, self._now()))
-            return
-        self._reads[read_id] = _Reading(act, plan.bytes, started_ms)
-        self._read_started_ms = started_ms
+            self._do(self._exchange.read_finished(act.strand, act.read.seq, 0, False, self._now()))
+
+    def _bridge(self, act: ReadFrom, theirs: Regions) -> Bridge:
+        key = (act.endpoint, act.read.heads)
+        if key not in self._bridges:
+            self._bridges[key] = Bridge(self._regions, theirs, act.read.heads)
+        return self._bridges[key]
 
     def _do(self, acts: list[Act]) -> None:
         for act in acts:

@@ -12,10 +12,24 @@ import msgspec
 import zmq
 
 from vllm_llmd.errors import WireError
-from vllm_llmd.kv_connector.exchange import Caller, SourceEndpoint
+from vllm_llmd.kv_connector.delivery import SourceEndpoint
+from vllm_llmd.kv_connector.exchange import Caller
 from vllm_llmd.kv_connector.seal import Seal
+from vllm_llmd.kv_connector.topology import edges, objection, sources_of
 from vllm_llmd.kv_connector.transport import PeerName
-from vllm_llmd.wire import Greet, Greeting, Members, PeerMessage, Refused, Regions, decode_link, decode_peer, encode
+from vllm_llmd.wire import (
+    EngineInfo,
+    Geometry,
+    Greet,
+    Greeting,
+    Members,
+    PeerMessage,
+    Refused,
+    Regions,
+    decode_link,
+    decode_peer,
+    encode,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +43,7 @@ class PeerSettings:
 
     me: Caller
     fingerprint: str
+    geometry: Geometry
     host: str
     seal: Seal
 
@@ -37,6 +52,7 @@ class PeerSettings:
 class Peer:
     """A rank we read from. What it says of itself is known once it has greeted back."""
 
+    endpoint: SourceEndpoint
     socket: zmq.Socket[bytes]
     name: PeerName | None = None
     regions: Regions | None = None
@@ -60,7 +76,7 @@ class Heard:
 
 @dataclass(frozen=True)
 class FleetChanged:
-    """The ranks that we may read from: ours in every other engine with the same fingerprint."""
+    """The ranks that we may read from: those that hold heads of ours, in every other engine that we understand."""
 
     endpoints: frozenset[SourceEndpoint]
 
@@ -115,14 +131,17 @@ class Callers:
         message = decode_link(frame)
         if not isinstance(message, Members):
             return None
-        me = self._settings.me
-        return FleetChanged(
-            frozenset(
-                SourceEndpoint(engine.workers[me.rank])
-                for engine in message.engines
-                if engine.id != me.engine and engine.fingerprint == self._settings.fingerprint
-            )
-        )
+        endpoints = [endpoint for engine in message.engines for endpoint in self._of_interest(engine)]
+        return FleetChanged(frozenset(endpoints))
+
+    def _of_interest(self, engine: EngineInfo) -> list[SourceEndpoint]:
+        mine, theirs = self._settings.geometry, engine.geometry
+        if engine.id == self._settings.me.engine or engine.fingerprint != self._settings.fingerprint:
+            return []
+        if objection(mine, theirs) is not None or len(engine.workers) != theirs.tp:
+            return []
+        between = sources_of(self._settings.me.rank, edges(theirs.tp, mine.tp, mine.kv_heads))
+        return [SourceEndpoint(engine.workers[edge.source]) for edge in between]
 
     def _greet(self, identity: bytes, message: Greet) -> Greeted | None:
         objection = self._objection(message)
@@ -180,7 +199,7 @@ class Sources:
         socket.connect(endpoint)
         self._poller.register(socket, zmq.POLLIN)
         post(socket, [encode(self._greet)])
-        peer = self._peers[endpoint] = Peer(socket)
+        peer = self._peers[endpoint] = Peer(endpoint, socket)
         return peer
 
     def leave(self, endpoint: SourceEndpoint) -> PeerName | None:

@@ -2,58 +2,70 @@
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
 
-from vllm_llmd.kv_connector.exchange import SourceEndpoint
-from vllm_llmd.kv_connector.lifecycle import CANCELLED, OrderSpec
+from vllm_llmd.clock import Clock
+from vllm_llmd.kv_connector import adapters
+from vllm_llmd.kv_connector.delivery import SourceEndpoint
+from vllm_llmd.kv_connector.hints import Hint, Need, Part, read_hint, split
+from vllm_llmd.kv_connector.inflight import InFlight
+from vllm_llmd.kv_connector.lifecycle import CANCELLED, OrderSpec, Outcome, Wanted
 from vllm_llmd.kv_connector.orders import HttpOrder, OrderClient
+from vllm_llmd.kv_connector.room import Room
 from vllm_llmd.kv_connector.seal import Seal
-from vllm_llmd.kv_connector.steps import Fail, Finish, PlannedLoad, StepPlan
+from vllm_llmd.kv_connector.spans import OrderSpans
+from vllm_llmd.kv_connector.steps import Fail, Finish, PlannedOrder, StepPlan
+from vllm_llmd.kv_connector.topology import objection
 from vllm_llmd.names import EngineId, Epoch, OrderId, RequestId
-from vllm_llmd.wire import EngineInfo, Ticket
+from vllm_llmd.wire import EngineInfo, Geometry, Ticket
 
 logger = logging.getLogger(__name__)
 
-HINT_KEY = "llmd"
-"""Where the router's hint stands in a request's `kv_transfer_params`: {"source": engine id, "request": its name}."""
+GAVE_WAY = "gave way"
+"""Why an order is given up whose blocks other requests need."""
 
 
 @dataclass(frozen=True)
 class OrderPolicy:
-    """What decides about orders, beside the request."""
+    """What decides about orders, beside the request.
+
+    `layer_masks` are the layers of each group, as bits; `hash_tokens` is how many tokens vLLM hashes at a time.
+    """
 
     me: EngineId
     epoch: Epoch
     fingerprint: str
-    tp_size: int
-    block_size: int
+    geometry: Geometry
+    layer_masks: tuple[int, ...]
+    hash_tokens: int
     min_order_tokens: int
     lease_ms: int
     seal: Seal
 
+    @property
+    def block_size(self) -> int:
+        """That of the first group; where sizes may differ from another engine's, it is the only one."""
+        return self.geometry.groups[0].block_size
 
-@dataclass(frozen=True)
-class Hint:
-    """What the router says of a request: who should supply its KV, and what the router calls it."""
-
-    source: EngineId | None = None
-    request: str | None = None
+    def blocks(self, tokens: int) -> int:
+        """Blocks that a prompt of so many tokens takes, of all groups together."""
+        return sum(-(-min(tokens, group.window or tokens) // group.block_size) for group in self.geometry.groups)
 
 
-def hint_of(request: Any) -> Hint:
-    """The router's hint. What has the wrong shape counts as unsaid."""
-    raw = (request.kv_transfer_params or {}).get(HINT_KEY)
-    if not isinstance(raw, dict):
-        return Hint()
-    source, name = raw.get("source"), raw.get("request")
-    return Hint(
-        EngineId(source) if isinstance(source, str) else None,
-        name if isinstance(name, str) else None,
-    )
+@dataclass
+class Outside:
+    """What placing works with, outside itself."""
+
+    client: OrderClient
+    members: Callable[[], Mapping[EngineId, EngineInfo]]
+    room: Room
+    waits_for_kv: Callable[[Any], bool]
+    clock: Clock
+    spans: OrderSpans = field(default_factory=OrderSpans)
 
 
 def ticket_text(ticket: Ticket) -> str:
@@ -65,17 +77,18 @@ def ticket_text(ticket: Ticket) -> str:
 class Placing:
     """Every order placed and not ended, by request. A request is ordered at most once."""
 
-    def __init__(
-        self, policy: OrderPolicy, client: OrderClient, members: Callable[[], Mapping[EngineId, EngineInfo]]
-    ) -> None:
+    def __init__(self, policy: OrderPolicy, outside: Outside) -> None:
         self._policy = policy
-        self._client = client
-        self._members = members
-        self._placed: dict[RequestId, OrderId] = {}
+        self._outside = outside
+        self._in_flight = InFlight(policy.hash_tokens, policy.min_order_tokens, outside.waits_for_kv)
+        self._placed: dict[RequestId, list[OrderId]] = {}
         self._tried: set[RequestId] = set()
-        self._chosen: dict[RequestId, EngineInfo] = {}
-        self._new: list[PlannedLoad] = []
-        self._cancelled: list[OrderId] = []
+        self._told: set[RequestId] = set()
+        self._deferred: set[RequestId] = set()
+        self._chosen: dict[RequestId, list[Part]] = {}
+        self._deadlines_ms: dict[RequestId, float] = {}
+        self._new: list[tuple[PlannedOrder, ...]] = []
+        self._failing: list[Fail] = []
         self._objections: set[str] = set()
         self._count = 0
         self._fallbacks: Counter[str] = Counter()
@@ -88,116 +101,202 @@ class Placing:
         """Orders placed since start."""
         return self._count
 
-    def tokens_to_load(self, request: Any, computed: int) -> int:
-        """How many prompt tokens after the first `computed` another engine shall supply; 0 if none.
+    @property
+    def deferred(self) -> int:
+        """Requests that wait for a prefix that another request has on its way."""
+        return len(self._deferred)
+
+    def arrived(self, request: Any) -> None:
+        """A request is new here."""
+        hint = read_hint(request.kv_transfer_params)
+        if hint.deadline_ms is not None:
+            self._deadlines_ms[request.request_id] = self._outside.clock.now_ms() + hint.deadline_ms
+
+    def tokens_to_load(self, request: Any, computed: int) -> int | None:
+        """How many prompt tokens after the first `computed` other engines shall supply; 0 if none, None to ask later.
 
         The last prompt token is always left to this engine, which has to compute it to sample.
         """
-        source = hint_of(request).source
-        if source is None or request.request_id in self._tried:
+        if self._in_flight.covers(request, computed):
+            self._deferred.add(request.request_id)
+            return None
+        self._deferred.discard(request.request_id)
+        hint = read_hint(request.kv_transfer_params)
+        if not hint.sources or request.request_id in self._tried:
             return 0
-        wanted = request.num_prompt_tokens - 1 - computed
-        if wanted < self._policy.min_order_tokens:
+        need = Need(computed, request.num_prompt_tokens - 1, self._policy.min_order_tokens, self._policy.block_size)
+        if need.end_token - need.first_token < need.min_tokens:
             return 0
-        peer = self._members().get(source)
-        reason = self._objection(request, peer)
-        if peer is not None and reason is None:
-            self._chosen[request.request_id] = peer
-            return int(wanted)
-        self._tried.add(request.request_id)
-        assert reason is not None
-        self._fall_back(reason, f"source {source}: {reason}")
-        return 0
+        parts = self._parts(request, hint, need)
+        if not parts:
+            self._tried.add(request.request_id)
+            return 0
+        self._chosen[request.request_id] = parts
+        return parts[-1].end_token - computed
 
-    def allocated(self, request: Any, tokens: int, block_ids: list[int]) -> None:
-        """vLLM has given the request blocks for `tokens` tokens: place the order for them."""
-        policy = self._policy
-        source = self._chosen.pop(request.request_id)
-        end = request.num_prompt_tokens - 1
-        first_block = (end - tokens) // policy.block_size
-        last_block = -(-end // policy.block_size)
-        self._count += 1
-        order = OrderId(f"{policy.me}-{policy.epoch:x}-{self._count}")
-        spec = OrderSpec(
-            order, request.request_id, first_block, tuple(block_ids[first_block:last_block]), policy.lease_ms
-        )
-        endpoints = tuple(SourceEndpoint(endpoint) for endpoint in source.workers)
-        self._new.append(PlannedLoad(endpoints, source.epoch, spec))
-        self._placed[request.request_id] = order
+    def allocated(self, request: Any, tokens: int, blocks: Sequence[Sequence[Any]]) -> None:
+        """vLLM has given the request blocks of each group, so that `tokens` tokens can be loaded: place the orders."""
+        parts = self._chosen.pop(request.request_id, [])
+        if not parts or tokens <= 0:
+            return
         self._tried.add(request.request_id)
-        body = {
-            "model": source.models[0],
-            "prompt": list(request.prompt_token_ids[:end]),
-            "max_tokens": 1,
-            "temperature": 0.0,
-        }
-        if request.cache_salt is not None:
-            body["cache_salt"] = request.cache_salt
-        self._client.place(HttpOrder(source.http, self._ticket(order, source, first_block), body))
+        loads = tuple(self._order(request, part, blocks) for part in parts)
+        self._new.append(loads)
+        self._placed[request.request_id] = [load.spec.order for load in loads]
+        self._outside.room.waits(request.request_id, self._policy.blocks(request.num_prompt_tokens))
+        self._in_flight.add(request, parts[0].first_token, parts[-1].end_token)
 
     def finished(self, request: Any) -> None:
         """The request is over in this engine; if it still waits for KV, hang up."""
-        self._tried.discard(request.request_id)
+        for forgotten in (self._tried, self._deferred, self._told):
+            forgotten.discard(request.request_id)
         self._chosen.pop(request.request_id, None)
-        order = self._placed.get(request.request_id)
-        if order is not None:
-            self._client.cancel(order)
-            self._cancelled.append(order)
+        self._deadlines_ms.pop(request.request_id, None)
+        self._in_flight.forget(request.request_id)
+        self._give_up(request.request_id, CANCELLED)
+
+    def give_way(self) -> None:
+        """Requests that could run lack blocks: let the youngest that waits for KV compute what has not arrived."""
+        youngest = next(reversed(self._placed), None)
+        if youngest is not None:
+            self._give_up(youngest, GAVE_WAY)
 
     def fill(self, plan: StepPlan) -> None:
         """Put what the workers must know into the next step."""
+        if not (self._placed or self._failing):
+            return
+        now_ms = self._outside.clock.now_ms()
+        for request_id in [r for r in self._placed if self._deadlines_ms.get(r, now_ms) < now_ms]:
+            self._deadlines_ms.pop(request_id)
+            self._give_up(request_id, "deadline passed")
         plan.loads, self._new = self._new, []
-        plan.failures = [Fail(order, CANCELLED) for order in self._cancelled]
-        self._cancelled = []
-        for result in self._client.results():
+        plan.failures, self._failing = self._failing, []
+        for result in self._outside.client.results():
             if result.error is None:
                 plan.finishes.append(Finish(result.order))
             else:
                 plan.failures.append(Fail(result.order, result.error))
 
-    def ended(self, request: RequestId, reason: str | None) -> None:
-        """Every rank has reported the end of the request's order."""
-        order = self._placed.pop(request, None)
-        if order is None:
-            return
-        if reason is not None:
-            self._client.cancel(order)
-            if reason != CANCELLED:
-                self._fall_back(reason, f"order {order}: {reason}")
+    def ended(self, request_id: RequestId, outcomes: list[Outcome]) -> None:
+        """Every rank has reported the end of the request's orders."""
+        self._outside.room.leaves(request_id)
+        reason = next((outcome.reason for outcome in outcomes if outcome.reason is not None), None)
+        for order in self._placed.pop(request_id, ()):
+            self._outside.spans.end(order, outcomes, reason)
+            if reason is not None:
+                self._outside.client.cancel(order)
+                if reason != CANCELLED:
+                    self._fall_back(reason, f"order {order}: {reason}")
 
     def take_fallbacks(self) -> dict[str, int]:
         """Hinted requests that were prefilled here after all, by reason, since the last call."""
         taken, self._fallbacks = self._fallbacks, Counter()
         return dict(taken)
 
-    def _ticket(self, order: OrderId, source: EngineInfo, first_block: int) -> Ticket:
-        ticket = Ticket(
-            order=order,
-            source=source.id,
-            source_epoch=source.epoch,
-            destination=self._policy.me,
-            destination_epoch=self._policy.epoch,
-            fingerprint=self._policy.fingerprint,
-            first_block=first_block,
-            lease_ms=self._policy.lease_ms,
-        )
-        return msgspec.structs.replace(ticket, mac=self._policy.seal.sign(ticket_text(ticket)))
+    # --- whom to order from -----------------------------------------------------------------------------------
 
-    def _objection(self, request: Any, peer: EngineInfo | None) -> str | None:
-        """Why the request is not ordered from `peer`, or None."""
-        if peer is None:
-            return "unknown engine"
+    def _parts(self, request: Any, hint: Hint, need: Need) -> list[Part]:
+        reason = self._objection_to_request(request)
+        told = request.request_id in self._told
+        self._told.add(request.request_id)
+        if reason is not None:
+            self._fall_back(reason, reason)
+            return []
+        sources = []
+        for hinted in hint.sources:
+            peer = self._outside.members().get(hinted.engine)
+            reason = self._objection(peer)
+            if peer is not None and reason is None:
+                sources.append((peer, hinted.until))
+            else:
+                assert reason is not None
+                if not told:
+                    self._fall_back(reason, f"source {hinted.engine}: {reason}")
+        return split(need, sources)
+
+    def _objection_to_request(self, request: Any) -> str | None:
+        """Why no part of the request is ordered from anybody, or None."""
         if request.mm_features or request.prompt_embeds is not None or request.prompt_token_ids is None:
             return "prompt is not text alone"
-        if request.lora_request is not None:
-            return "adapter"
+        if request.lora_request is not None and not _adapter(request):
+            return "adapter cannot be read"
+        if not self._outside.room.may_wait(self._policy.blocks(request.num_prompt_tokens)):
+            return "no room to wait"
+        return None
+
+    def _objection(self, peer: EngineInfo | None) -> str | None:
+        """Why nothing is ordered from `peer`, or None."""
+        if peer is None:
+            return "unknown engine"
         if peer.id == self._policy.me:
             return "engine itself"
         if not peer.models:
             return "serves no model"
-        if peer.fingerprint != self._policy.fingerprint or len(peer.workers) != self._policy.tp_size:
-            return "fingerprint differs: model, dtype, block size, TP, layout, device and versions must be equal"
-        return None
+        if peer.fingerprint != self._policy.fingerprint:
+            return "fingerprint differs: model, dtype, device and versions must be equal"
+        if len(peer.workers) != peer.geometry.tp:
+            return f"engine of {peer.geometry.tp} ranks tells of {len(peer.workers)}"
+        return objection(self._policy.geometry, peer.geometry)
+
+    # --- the order --------------------------------------------------------------------------------------------
+
+    def _order(self, request: Any, part: Part, blocks: Sequence[Sequence[Any]]) -> PlannedOrder:
+        policy = self._policy
+        self._count += 1
+        order = OrderId(f"{policy.me}-{policy.epoch:x}-{self._count}")
+        wanted = [self._wanted(group, part, blocks[group]) for group in range(len(policy.geometry.groups))]
+        spec = OrderSpec(order, request.request_id, tuple(w for w in wanted if w is not None), policy.lease_ms)
+        facts = {"source": part.source.id, "destination": policy.me, "request": request.request_id}
+        tokens = {"first_token": part.first_token, "end_token": part.end_token}
+        headers = self._outside.spans.begin(order, _trace_headers(request), {**facts, **tokens})
+        ticket = self._ticket(order, request, part)
+        self._outside.client.place(HttpOrder(part.source.http, ticket, _body(request, part), headers))
+        return PlannedOrder(tuple(SourceEndpoint(each) for each in part.source.workers), part.source.epoch, spec)
+
+    def _wanted(self, group: int, part: Part, blocks: Sequence[Any]) -> Wanted | None:
+        """What of a part is wanted of one group: not the blocks that its window has passed by."""
+        size = self._policy.geometry.groups[group].block_size
+        end_block = -(-part.end_token // size)
+        first_block = part.first_token // size
+        first_kept = next((i for i in range(first_block, end_block) if not blocks[i].is_null), None)
+        if first_kept is None:
+            return None
+        return Wanted(
+            group=group,
+            layers=self._policy.layer_masks[group],
+            block_size=size,
+            source_block_size=part.source.geometry.groups[group].block_size,
+            first_token=max(part.first_token, first_kept * size),
+            end_token=part.end_token,
+            first_block=first_kept,
+            blocks=tuple(block.block_id for block in blocks[first_kept:end_block]),
+        )
+
+    def _ticket(self, order: OrderId, request: Any, part: Part) -> Ticket:
+        policy = self._policy
+        deadline_ms = self._deadlines_ms.get(request.request_id)
+        left_ms = 0 if deadline_ms is None else max(int(deadline_ms - self._outside.clock.now_ms()), 1)
+        ticket = Ticket(
+            order=order,
+            source=part.source.id,
+            source_epoch=part.source.epoch,
+            destination=policy.me,
+            destination_epoch=policy.epoch,
+            destination_tp=policy.geometry.tp,
+            fingerprint=policy.fingerprint,
+            first_token=part.first_token,
+            end_token=part.end_token,
+            lease_ms=policy.lease_ms,
+            request=read_hint(request.kv_transfer_params).request or request.request_id,
+            adapter=_adapter(request),
+            deadline_ms=left_ms,
+        )
+        return msgspec.structs.replace(ticket, mac=policy.seal.sign(ticket_text(ticket)))
+
+    def _give_up(self, request_id: RequestId, reason: str) -> None:
+        for order in self._placed.get(request_id, ()):
+            self._outside.client.cancel(order)
+            self._failing.append(Fail(order, reason))
 
     def _fall_back(self, reason: str, text: str) -> None:
         self._fallbacks[reason.partition(":")[0]] += 1
@@ -205,3 +304,36 @@ class Placing:
             if len(self._objections) < 1000:
                 self._objections.add(text)
             logger.warning("llmd prefills here: %s", text)
+
+
+def _adapter(request: Any) -> str:
+    """A digest of the weights of the request's adapter; empty without one."""
+    return "" if request.lora_request is None else adapters.digest(request.lora_request.lora_path)
+
+
+def _trace_headers(request: Any) -> dict[str, str]:
+    if request.trace_headers:
+        return dict(request.trace_headers)
+    trace = read_hint(request.kv_transfer_params).trace
+    return {} if trace is None else {"traceparent": trace}
+
+
+def _body(request: Any, part: Part) -> dict[str, Any]:
+    """The one-token completion that computes the part.
+
+    Where the part ends with a block, one more token of the prompt goes along: a source that has the part cached can
+    then use all of it, as it must compute at least one token.
+    """
+    size = part.source.geometry.groups[0].block_size
+    tokens = part.end_token + (part.end_token % size == 0 and part.end_token < request.num_prompt_tokens)
+    body = {
+        "model": part.source.models[0] if request.lora_request is None else request.lora_request.lora_name,
+        "prompt": list(request.prompt_token_ids[:tokens]),
+        "max_tokens": 1,
+        "temperature": 0.0,
+    }
+    if request.cache_salt is not None:
+        body["cache_salt"] = request.cache_salt
+    if part.source.priorities and request.priority:
+        body["priority"] = request.priority
+    return body

@@ -16,6 +16,7 @@ class WorkerReport:
     unpinned: Counter[tuple[OrderId, int]] = field(default_factory=Counter)
     bytes_read: int = 0
     read_ms: float = 0.0
+    leases_expired: int = 0
 
     def add(self, what: Outcome | Drained | Unpin) -> None:
         match what:
@@ -38,4 +39,5 @@ class WorkerReport:
             unpinned=self.unpinned + other.unpinned,
             bytes_read=self.bytes_read + other.bytes_read,
             read_ms=self.read_ms + other.read_ms,
+            leases_expired=self.leases_expired + other.leases_expired,
         )

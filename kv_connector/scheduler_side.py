@@ -1,25 +1,31 @@
 """The connector inside the engine core: plans each step, follows the block pool, tells the router. Engine thread."""
 
 import logging
-import time
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
+from vllm_llmd.clock import MonotonicClock
 from vllm_llmd.kv_connector.block_names import BlockNamer
+from vllm_llmd.kv_connector.hints import read_hint
 from vllm_llmd.kv_connector.lifecycle import Outcome
 from vllm_llmd.kv_connector.link import EngineLink, LinkSettings
 from vllm_llmd.kv_connector.load import LoadCounter
 from vllm_llmd.kv_connector.orders import OrderClient
-from vllm_llmd.kv_connector.placing import OrderPolicy, Placing, hint_of
+from vllm_llmd.kv_connector.placing import OrderPolicy, Outside, Placing
+from vllm_llmd.kv_connector.quarantine import Quarantine
 from vllm_llmd.kv_connector.report import WorkerReport
+from vllm_llmd.kv_connector.room import Room
 from vllm_llmd.kv_connector.seal import Seal
-from vllm_llmd.kv_connector.serving import PinBook, Serving
+from vllm_llmd.kv_connector.serving import PinBook, Serving, Streaming
 from vllm_llmd.kv_connector.stats import TransferCounts
 from vllm_llmd.kv_connector.steps import StepPlan
-from vllm_llmd.kv_connector.vllm_compat import BlockPoolView, EngineFacts, event_hashes, to_block_events
+from vllm_llmd.kv_connector.vllm_compat import BlockPoolView, event_hashes, to_block_events, waits_for_kv
+from vllm_llmd.kv_connector.vllm_facts import EngineFacts
 from vllm_llmd.kv_connector.warmer import Warmer
-from vllm_llmd.names import EngineId, Epoch, OrderId, RequestId
+from vllm_llmd.names import BlockName, EngineId, Epoch, RequestId
 from vllm_llmd.settings import EngineSettings
 from vllm_llmd.wire import EngineInfo, Load
 
@@ -27,6 +33,9 @@ logger = logging.getLogger(__name__)
 
 IDLE_WAIT_MS = 10.0
 """How long a worker may block for I/O in a step that computes nothing; a new request waits as long at worst."""
+
+STARVED_MS = 1000.0
+"""An engine that computes nothing for so long although requests could run has given too many blocks to waiting ones."""
 
 
 @dataclass(frozen=True)
@@ -44,18 +53,21 @@ class SchedulerSide:
         self._facts = facts
         self._settings = settings
         self._http = http
+        self._clock = MonotonicClock()
         self._namer = BlockNamer(facts.block_size)
         self._load = LoadCounter()
         self._requests: dict[RequestId, Any] = {}
         self._unseen: dict[RequestId, str] = {}
         self._outcomes: dict[RequestId, list[Outcome]] = {}
-        self._quarantine: dict[OrderId, list[Any]] = {}
         self._handed_on: list[Any] = []
         self._counts = TransferCounts()
+        self._told_outstanding = 0
+        self._computed_ms = 0.0
 
     def bind(self, pool: BlockPoolView) -> None:
         """The block pool exists."""
         self._pool = pool
+        self._quarantine = Quarantine(pool)
 
     def introduce(self, ranks: Sequence[RankIntroduction]) -> None:
         """The workers are up: join the fleet."""
@@ -73,6 +85,8 @@ class SchedulerSide:
             fingerprint=facts.fingerprint,
             workers=[rank.endpoint for rank in ranks],
             labels=settings.labels,
+            geometry=facts.geometry,
+            priorities=facts.priorities,
         )
         self._warmer = Warmer(info.workers)
         link = LinkSettings(info, settings.routers, self.read_load, tuple(settings.peers), self._warmer.members_changed)
@@ -81,16 +95,19 @@ class SchedulerSide:
             me=info.id,
             epoch=epoch,
             fingerprint=facts.fingerprint,
-            tp_size=facts.tp_size,
-            block_size=facts.block_size,
+            geometry=facts.geometry,
+            layer_masks=facts.layer_masks,
+            hash_tokens=facts.hash_tokens,
             min_order_tokens=settings.min_order_tokens,
             lease_ms=settings.lease_ms,
             seal=Seal(settings.secret),
         )
         self._client = OrderClient(settings.api_key)
-        self._placing = Placing(policy, self._client, self._link.members)
-        self._pins = PinBook(self._pool, facts.tp_size)
-        self._serving = Serving(policy, self._pool, self._pins)
+        room = Room(self._pool.capacity)
+        self._placing = Placing(policy, Outside(self._client, self._link.members, room, waits_for_kv, self._clock))
+        self._pins = PinBook(self._pool)
+        self._serving = Serving(policy, self._pool, self._pins, room, self._clock)
+        self._serving.streaming = Streaming(settings.stream == "layers", len(facts.layers), facts.layer_bytes)
         self._link.start()
         logger.info("llmd engine %s (%s) at %s, workers %s", info.id, info.role, info.http, info.workers)
 
@@ -99,19 +116,19 @@ class SchedulerSide:
     def new_request(self, request: Any) -> None:
         self._requests[request.request_id] = request
         self._load.arrived(request.request_id, request.num_prompt_tokens)
-        name = hint_of(request).request
+        name = read_hint(request.kv_transfer_params).request
         if name is not None:
             self._unseen[request.request_id] = name
+        self._placing.arrived(request)
         self._serving.arrived(request)
 
-    def tokens_to_load(self, request: Any, computed: int) -> int:
+    def tokens_to_load(self, request: Any, computed: int) -> int | None:
         return self._placing.tokens_to_load(request, computed)
 
     def allocated(self, request: Any, tokens: int) -> None:
         """vLLM has allocated blocks, `tokens` of them to be loaded."""
         if tokens > 0:
-            block_ids = [block.block_id for block in self._pool.blocks_of(request.request_id)]
-            self._placing.allocated(request, tokens, block_ids)
+            self._placing.allocated(request, tokens, self._pool.blocks_of(request.request_id))
 
     def request_finished(self, request: Any) -> dict[str, Any] | None:
         """Returns `kv_transfer_params` for the response, or None."""
@@ -125,9 +142,14 @@ class SchedulerSide:
 
     def plan_step(self, scheduled: Mapping[str, int]) -> StepPlan:
         """News for the workers, for the step that computes `scheduled` tokens per request."""
-        self._load.step_began(time.monotonic() * 1000, bool(scheduled))
+        now_ms = self._clock.now_ms()
+        self._load.step_began(now_ms, bool(scheduled))
         self._follow_pool()
         plan = StepPlan()
+        if scheduled:
+            self._computed_ms = now_ms
+        elif self._placing:
+            self._give_way_if_starved(now_ms)
         self._placing.fill(plan)
         self._serving.fill(plan, scheduled)
         for request_id, tokens in scheduled.items():
@@ -139,14 +161,14 @@ class SchedulerSide:
 
     def take_report(self, report: WorkerReport | None, received: Iterable[str]) -> None:
         """The step has run; `received` are the requests whose loads have ended at every rank."""
-        self._load.step_ended(time.monotonic() * 1000)
+        self._load.step_ended(self._clock.now_ms())
         if report is not None:
             self._pins.release(report.unpinned)
             for outcome in report.outcomes:
                 self._outcomes.setdefault(outcome.request, []).append(outcome)
-                self._hold(outcome.order, outcome.quarantined)
+                self._quarantine.hold(outcome.quarantined)
             for drained in report.drained:
-                self._let_go(drained.order, drained.blocks)
+                self._quarantine.let_go(drained.blocks)
             self._counts.read(report)
         for request_id in received:
             self._load_ended(RequestId(request_id))
@@ -157,27 +179,18 @@ class SchedulerSide:
         request = self._requests.get(request_id)
         if request is not None and any(outcome.quarantined for outcome in outcomes):
             self._pool.restart_load(request)
-        reason = next((outcome.reason for outcome in outcomes if outcome.reason is not None), None)
-        self._placing.ended(request_id, reason)
+        self._placing.ended(request_id, outcomes)
         if outcomes:
             self._counts.ended(outcomes)
 
-    def _hold(self, order: OrderId, block_ids: Sequence[int]) -> None:
-        """Reads that outlived their order may still write these blocks: nobody else may have them."""
-        if block_ids:
-            blocks = self._pool.blocks_by_id(block_ids)
-            self._pool.pin(blocks)
-            self._quarantine.setdefault(order, []).extend(blocks)
-
-    def _let_go(self, order: OrderId, block_ids: Sequence[int]) -> None:
-        held = self._quarantine.pop(order, [])
-        for block_id in block_ids:
-            block = next((block for block in held if block.block_id == block_id), None)
-            if block is not None:
-                held.remove(block)
-                self._pool.unpin([block])
-        if held:
-            self._quarantine[order] = held
+    def _give_way_if_starved(self, now_ms: float) -> None:
+        """Requests that wait for KV may hold blocks that others need to go on, here and at engines that wait for us."""
+        could_run = len(self._requests) - len(self._placing) - self._placing.deferred
+        if could_run <= 0:
+            self._computed_ms = now_ms
+        elif now_ms - self._computed_ms > STARVED_MS:
+            self._computed_ms = now_ms
+            self._placing.give_way()
 
     @property
     def keep_stepping(self) -> bool:
@@ -192,7 +205,7 @@ class SchedulerSide:
             return
         if self._pool.published:
             self._handed_on += events
-        change = self._namer.apply(to_block_events(events))
+        change = self._namer.apply(to_block_events(events, self._facts.naming_group))
         if change:
             self._link.publish(change.cleared, list(change.removed), list(change.stored))
 
@@ -208,11 +221,16 @@ class SchedulerSide:
         left = request.num_prompt_tokens - request.num_computed_tokens - tokens
         self._load.scheduled(request.request_id, left)
         if left <= 0 and request.request_id in self._unseen:
-            full_blocks = request.num_prompt_tokens // self._facts.block_size
-            names = [self._namer.name_of(block_hash) for block_hash in event_hashes(request, full_blocks)]
-            known = names[: names.index(None)] if None in names else names
             name = self._unseen.pop(request.request_id)
-            self._link.seen(name, request.num_prompt_tokens, [n for n in known if n is not None])
+            self._link.seen(name, request.num_prompt_tokens, self._names_of(request))
+
+    def _names_of(self, request: Any) -> list[BlockName]:
+        """The names of the prompt's full blocks, as far as they are known."""
+        if self._facts.hash_tokens != self._facts.block_size:
+            return []
+        hashes = event_hashes(request, request.num_prompt_tokens // self._facts.block_size)
+        names = [self._namer.name_of(block_hash) for block_hash in hashes]
+        return [name for name in takewhile(lambda name: name is not None, names) if name is not None]
 
     def _update_load(self) -> None:
         self._load.waiting_for_kv = len(self._placing)
@@ -228,6 +246,10 @@ class SchedulerSide:
         """Counts since the last call, or None if nothing was counted."""
         counts, self._counts = self._counts, TransferCounts()
         counts.fallbacks = self._placing.take_fallbacks()
+        counts.refused, self._serving.refused = dict(self._serving.refused), Counter()
+        outstanding = len(self._placing)
+        counts.outstanding = outstanding if outstanding != self._told_outstanding else None
+        self._told_outstanding = outstanding
         return counts if counts else None
 
     def close(self) -> None:

@@ -1,191 +1,20 @@
 """Every vLLM internal that we touch beyond the connector interface, so that a new release changes one file."""
 
-import hashlib
-import json
 import logging
-import socket
-import sys
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from itertools import zip_longest
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-import vllm
 from vllm.distributed.kv_events import AllBlocksCleared, BlockRemoved, BlockStored
 from vllm.v1.core.kv_cache_utils import maybe_convert_block_hash
+from vllm.v1.request import RequestStatus
 
-from vllm_llmd.errors import ConfigError
 from vllm_llmd.kv_connector.block_names import BlockEvent, Cleared, Removed, Stored
-from vllm_llmd.kv_connector.layout import TensorView
-from vllm_llmd.names import Role
-from vllm_llmd.settings import EngineSettings
-from vllm_llmd.wire import MAJOR
+from vllm_llmd.kv_connector.layout import LayerView, TensorView
+from vllm_llmd.kv_connector.staging import HostStaging, Staging
+from vllm_llmd.kv_connector.vllm_facts import Layer
 
 logger = logging.getLogger(__name__)
-
-TESTED = ("0.32",)
-"""Releases that the engine tests have passed on."""
-
-DEFAULT_PORT = 8000
-"""vLLM's own."""
-
-
-# --- configuration --------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class EngineFacts:
-    """What the connector needs of vLLM's configuration."""
-
-    id: str
-    role: Role
-    models: tuple[str, ...]
-    block_size: int
-    num_blocks: int
-    max_model_len: int
-    tp_size: int
-    fingerprint: str
-
-
-def read_facts(config: Any, kv_cache: Any, settings: EngineSettings) -> EngineFacts:
-    """Facts from VllmConfig and KVCacheConfig. Raises ConfigError where the engine cannot join a fleet."""
-    _check_supported(config, kv_cache)
-    transfer = config.kv_transfer_config
-    roles: dict[str, Role] = {"kv_producer": "prefill", "kv_consumer": "decode", "kv_both": "both"}
-    served = config.model_config.served_model_name
-    return EngineFacts(
-        id=transfer.engine_id,
-        role=settings.role or roles[transfer.kv_role],
-        models=(served,) if isinstance(served, str) else tuple(served),
-        block_size=kv_cache.kv_cache_groups[0].kv_cache_spec.block_size,
-        num_blocks=kv_cache.num_blocks,
-        max_model_len=config.model_config.max_model_len,
-        tp_size=config.parallel_config.tensor_parallel_size,
-        fingerprint=_fingerprint(config, kv_cache, settings),
-    )
-
-
-def warn_of_what_should_differ(config: Any) -> None:
-    """One clear line for each setting that works, but not as well as it should."""
-    if not vllm.__version__.startswith(TESTED):
-        logger.warning("vllm-llmd is tested with vLLM %s; this is %s", ", ".join(TESTED), vllm.__version__)
-    policy = config.kv_transfer_config.kv_load_failure_policy
-    if policy != "recompute":
-        logger.warning(
-            "kv_load_failure_policy is '%s': a request whose source engine dies will fail. Set "
-            '"kv_load_failure_policy":"recompute" in --kv-transfer-config: then what did not arrive is computed here.',
-            policy,
-        )
-    if not config.cache_config.enable_prefix_caching:
-        logger.warning("prefix caching is off: the router cannot know what this engine holds")
-
-
-def _check_supported(config: Any, kv_cache: Any) -> None:
-    groups = kv_cache.kv_cache_groups
-    kinds = sorted({type(group.kv_cache_spec).__name__ for group in groups})
-    model = config.model_config.model
-    if len(groups) != 1 or kinds != ["FullAttentionSpec"]:
-        raise ConfigError(
-            f"LlmdConnector moves one full-attention KV cache group; {model} has {len(groups)} of {kinds}. "
-            "Serve it without the connector."
-        )
-    parallel = config.parallel_config
-    for name in ("pipeline_parallel_size", "data_parallel_size", "decode_context_parallel_size"):
-        if getattr(parallel, name, 1) > 1:
-            raise ConfigError(f"LlmdConnector does not support {name} > 1 yet; start one engine per replica instead")
-
-
-def _fingerprint(config: Any, kv_cache: Any, settings: EngineSettings) -> str:
-    """Equal on two engines exactly when KV blocks of one are valid in the other."""
-    spec = kv_cache.kv_cache_groups[0].kv_cache_spec
-    facts = {
-        "model": settings.model_id or config.model_config.model,
-        "revision": config.model_config.revision,
-        "quantization": str(config.model_config.quantization),
-        "dtype": str(config.model_config.dtype),
-        "cache_dtype": str(spec.dtype),
-        "layers": len(kv_cache.kv_cache_groups[0].layer_names),
-        "kv_heads": spec.num_kv_heads,
-        "head_size": spec.head_size,
-        "block_size": spec.block_size,
-        "page_bytes": spec.page_size_bytes,
-        "layout": str(getattr(kv_cache, "kv_cache_layout", None)),
-        "tp": config.parallel_config.tensor_parallel_size,
-        "device": _device_kind(config.device_config.device_type),
-        "vllm": ".".join(vllm.__version__.split(".")[:2]),
-        "protocol": MAJOR,
-    }
-    text = json.dumps(facts, sort_keys=True)
-    logger.info("llmd fingerprint of %s", text)
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
-
-
-def _device_kind(device_type: str) -> str:
-    """On CPU the attention kernel, and with it the order of bytes in a block, follows the instruction set."""
-    if device_type != "cpu":
-        return device_type
-    amx = bool(torch.cpu._is_amx_tile_supported())
-    return f"cpu {torch.backends.cpu.get_cpu_capability()} {'amx' if amx else 'no amx'}"
-
-
-# --- addresses ------------------------------------------------------------------------------------------------
-
-
-def own_host(settings: EngineSettings) -> str:
-    """The address others reach this machine under: as set, or the one that leads to the router."""
-    if settings.host is not None:
-        return settings.host
-    for endpoint in settings.routers:
-        host, _, port = endpoint.removeprefix("tcp://").rpartition(":")
-        if not host:
-            continue
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            try:
-                probe.connect((host, int(port)))
-            except OSError as error:
-                raise ConfigError(f"the router's address {endpoint} cannot be resolved: {error}") from error
-            return str(probe.getsockname()[0])
-    return "127.0.0.1"
-
-
-def own_http(settings: EngineSettings, argv: Sequence[str] | None = None) -> str:
-    """Base URL of this engine's API server: as set, or read from the server's own command line."""
-    if settings.http is not None:
-        return settings.http.rstrip("/")
-    options = _server_options(list(sys.argv if argv is None else argv))
-    host = options.get("host") or ""
-    if host in ("", "0.0.0.0", "::"):
-        host = own_host(settings)
-    scheme = "https" if options.get("ssl-keyfile") else "http"
-    return f"{scheme}://{host}:{options.get('port') or DEFAULT_PORT}"
-
-
-def _server_options(argv: list[str]) -> dict[str, str]:
-    options: dict[str, str] = {}
-    config_file = _option(argv, "config")
-    if config_file is not None:
-        import yaml
-
-        loaded = yaml.safe_load(Path(config_file).read_text()) or {}
-        options.update({str(k).replace("_", "-"): str(v) for k, v in loaded.items()})
-    for name in ("host", "port", "ssl-keyfile"):
-        value = _option(argv, name)
-        if value is not None:
-            options[name] = value
-    return options
-
-
-def _option(argv: list[str], name: str) -> str | None:
-    """The last value of `--name VALUE` or `--name=VALUE`; vLLM takes underscores for dashes."""
-    value = None
-    for word, after in zip_longest(argv, argv[1:]):
-        flag, equals, rest = word.partition("=")
-        if flag.replace("_", "-") == f"--{name}":
-            value = rest if equals else after
-    return value
-
 
 # --- the block pool -------------------------------------------------------------------------------------------
 
@@ -204,6 +33,11 @@ class BlockPoolView:
         """Whether vLLM publishes block events of its own, so that drained ones must be handed on."""
         return self._published
 
+    @property
+    def capacity(self) -> int:
+        """Blocks that requests may hold; one is vLLM's own."""
+        return int(self._pool.num_gpu_blocks) - 1
+
     def free_blocks(self) -> int:
         count: int = self._pool.get_num_free_blocks()
         return count
@@ -212,9 +46,9 @@ class BlockPoolView:
         events: list[Any] = self._pool.take_events()
         return events
 
-    def blocks_of(self, request_id: str) -> list[Any]:
-        """The request's blocks, in prompt order."""
-        return list(self._manager.get_blocks(request_id).blocks[0])
+    def blocks_of(self, request_id: str) -> tuple[list[Any], ...]:
+        """The request's blocks of each group, in prompt order; `is_null` where a window has passed them by."""
+        return tuple(list(blocks) for blocks in self._manager.get_blocks(request_id).blocks)
 
     def blocks_by_id(self, block_ids: Iterable[int]) -> list[Any]:
         return [self._pool.blocks[block_id] for block_id in block_ids]
@@ -236,10 +70,17 @@ class BlockPoolView:
         request.num_computed_tokens = 0
 
 
-def to_block_events(events: Iterable[Any]) -> list[BlockEvent]:
-    """vLLM's events as ours; those of other media than the device's are left out."""
+def waits_for_kv(request: Any) -> bool:
+    """Whether vLLM has parked the request until its KV is there."""
+    return bool(request.status == RequestStatus.WAITING_FOR_REMOTE_KVS)
+
+
+def to_block_events(events: Iterable[Any], group: int) -> list[BlockEvent]:
+    """vLLM's events about one KV cache group, as ours."""
     converted: list[BlockEvent] = []
     for event in events:
+        if (getattr(event, "group_idx", None) or 0) != group and not isinstance(event, AllBlocksCleared):
+            continue
         match event:
             case BlockStored(block_hashes=hashes, parent_block_hash=parent, token_ids=tokens, extra_keys=salts):
                 converted.append(Stored(tuple(hashes), parent, tokens, salts))
@@ -293,8 +134,23 @@ def spin_briefly() -> None:
 # --- the worker -----------------------------------------------------------------------------------------------
 
 
+def layer_views(caches: Mapping[str, torch.Tensor], layers: Sequence[Layer], num_blocks: int) -> list[LayerView]:
+    """The caches of the layers, in the model's order. A layer that uses another's cache is not among them."""
+    return [
+        LayerView(number, layer.group, tensor_view(_by_blocks(caches[layer.name], num_blocks)), layer.order)
+        for number, layer in enumerate(layers)
+    ]
+
+
 def tensor_view(cache: torch.Tensor) -> TensorView:
     return TensorView(cache.data_ptr(), tuple(cache.shape), tuple(cache.stride()), cache.element_size())
+
+
+def _by_blocks(cache: torch.Tensor, num_blocks: int) -> torch.Tensor:
+    """A cache whose first dimension counts the kernel's smaller blocks, seen by vLLM's blocks."""
+    if num_blocks in cache.shape or cache.shape[0] % num_blocks:
+        return cache
+    return cache.unflatten(0, (num_blocks, -1))
 
 
 def storage_spans(caches: Iterable[torch.Tensor]) -> list[tuple[int, int]]:
@@ -321,6 +177,19 @@ def step_marker(memory: str) -> Callable[[], Callable[[], bool]]:
         return lambda: bool(event.query())
 
     return mark
+
+
+def staging_for(caches: Sequence[torch.Tensor]) -> Callable[[], Staging]:
+    """What makes the staging area beside these caches."""
+    if device_of(caches[0])[0] == "DRAM":
+        return HostStaging
+
+    def on_device() -> Staging:
+        from vllm_llmd.kv_connector.device_staging import DeviceStaging
+
+        return DeviceStaging(caches)
+
+    return on_device
 
 
 def tensor_rank() -> int:

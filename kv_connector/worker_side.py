@@ -2,20 +2,24 @@
 
 import logging
 import secrets
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from math import inf
 
 from vllm_llmd.clock import MonotonicClock
-from vllm_llmd.kv_connector.exchange import Caller
-from vllm_llmd.kv_connector.layout import TensorView, pack_regions, regions_of
+from vllm_llmd.kv_connector.exchange import Caller, Expect
+from vllm_llmd.kv_connector.layout import LayerView, Memory, pack_regions
 from vllm_llmd.kv_connector.lifecycle import CANCELLED
 from vllm_llmd.kv_connector.nixl_transport import NixlTransport
-from vllm_llmd.kv_connector.peer_io import Command, PeerIo
+from vllm_llmd.kv_connector.peer_io import CacheAccess, Command, PeerIo
 from vllm_llmd.kv_connector.peer_sockets import PeerSettings
 from vllm_llmd.kv_connector.report import WorkerReport
 from vllm_llmd.kv_connector.seal import Seal
-from vllm_llmd.kv_connector.steps import LoadOrder, Ready, StepPlan
+from vllm_llmd.kv_connector.staging import Staging
+from vllm_llmd.kv_connector.steps import Load, PlannedOrder, PlannedRange, Ready, StepPlan
+from vllm_llmd.kv_connector.topology import edges, sources_of
 from vllm_llmd.names import EngineId, Epoch, RequestId
+from vllm_llmd.wire import Geometry
 
 logger = logging.getLogger(__name__)
 
@@ -28,27 +32,35 @@ class RankFacts:
     rank: int
     epoch: Epoch
     fingerprint: str
+    geometry: Geometry
     host: str
-    num_blocks: int
 
 
 @dataclass(frozen=True)
 class CacheMemory:
-    """The rank's KV cache: one view per layer, the storages below them, and where they are."""
+    """The rank's KV cache: a view per layer, the storages below them, where they are, and what is peculiar to there.
 
-    views: tuple[TensorView, ...]
+    `mark_step` marks this point of the device's stream; its answer tells whether the device has passed it.
+    """
+
+    layers: tuple[LayerView, ...]
     spans: tuple[tuple[int, int], ...]
-    memory: str
-    device_id: int
+    memory: Memory
+    mark_step: Callable[[], Callable[[], bool]]
+    new_staging: Callable[[], Staging]
 
 
 @dataclass
 class Results:
-    """What vLLM wants to know after a step."""
+    """What vLLM wants to know after a step. `failed` are requests of which something is missing."""
 
     received: set[RequestId] = field(default_factory=set)
+    failed: set[RequestId] = field(default_factory=set)
     missing_blocks: set[int] = field(default_factory=set)
     report: WorkerReport | None = None
+
+
+NOTHING = Results()
 
 
 def draw_epoch() -> Epoch:
@@ -56,21 +68,22 @@ def draw_epoch() -> Epoch:
 
 
 class WorkerSide:
-    """One rank. `begin_step` runs before the forward, `end_step` after it has been launched."""
+    """One rank. `begin_step` runs before the forward, `layer_done` within it, `end_step` after it has been launched."""
 
-    def __init__(self, facts: RankFacts, cache: CacheMemory, seal: Seal, mark_step: Callable[[], Callable[[], bool]]):
-        regions = [region for view in cache.views for region in regions_of(view, facts.num_blocks)]
-        packed = pack_regions(regions, facts.num_blocks, cache.device_id, cache.memory)
+    def __init__(self, facts: RankFacts, cache: CacheMemory, seal: Seal):
+        regions = pack_regions(cache.layers, cache.memory)
         transport = NixlTransport(f"{facts.engine}:{facts.epoch}:{facts.rank}")
-        transport.register(packed, list(cache.spans))
+        transport.register(regions, list(cache.spans))
         me = Caller(facts.engine, facts.epoch, facts.rank)
-        settings = PeerSettings(me, facts.fingerprint, facts.host, seal)
+        settings = PeerSettings(me, facts.fingerprint, facts.geometry, facts.host, seal)
         self.epoch = facts.epoch
         self._rank = facts.rank
-        self._mark_step = mark_step
-        self._io = PeerIo(settings, transport, packed, MonotonicClock())
+        self._geometry = facts.geometry
+        self._mark_step = cache.mark_step
+        self._io = PeerIo(settings, CacheAccess(transport, regions, cache.new_staging), MonotonicClock())
         self._io.start()
-        self._plan = StepPlan()
+        self._ranges: list[PlannedRange] = []
+        self._wait_ms = 0.0
         logger.info("llmd worker %s rank %d at %s", facts.engine, facts.rank, self._io.endpoint)
 
     @property
@@ -79,23 +92,48 @@ class WorkerSide:
 
     def begin_step(self, plan: StepPlan) -> None:
         """Loads start before the forward does, so that reads and compute overlap."""
-        self._plan = plan
-        commands: list[Command] = [LoadOrder(load.endpoints[self._rank], load.epoch, load.spec) for load in plan.loads]
+        commands: list[Command] = [Load(self._expected(orders)) for orders in plan.loads]
         commands += [*plan.withdrawals, *plan.failures, *plan.finishes]
+        if plan.cached:
+            commands.append(Ready(tuple(plan.cached), self._mark_step()))
         if commands:
             self._io.submit(commands)
+        self._ranges = sorted(plan.ranges, key=lambda planned: planned.message.end_layer or inf)
+        self._wait_ms = plan.wait_ms
+
+    def layer_done(self, layer: int) -> None:
+        """The forward has written one layer: announce what became ready with it."""
+        ready = 0
+        while ready < len(self._ranges) and 0 < self._ranges[ready].message.end_layer <= layer + 1:
+            ready += 1
+        if ready:
+            self._announce(ready)
 
     def end_step(self) -> Results:
         """Announces what this step makes ready; waits a moment for I/O if the step computed nothing."""
-        plan, self._plan = self._plan, StepPlan()
-        if plan.ranges:
-            self._io.submit([Ready(tuple(plan.ranges), self._mark_step())])
+        if self._ranges:
+            self._announce(len(self._ranges))
         report = self._io.take()
-        if report is None and plan.wait_ms:
-            self._io.wait(plan.wait_ms)
+        if report is None and self._wait_ms:
+            self._io.wait(self._wait_ms)
             report = self._io.take()
+        self._wait_ms = 0.0
         self._io.check()
-        return Results() if report is None else _results(report)
+        return NOTHING if report is None else _results(report)
+
+    def _announce(self, count: int) -> None:
+        ready, self._ranges = self._ranges[:count], self._ranges[count:]
+        self._io.submit([Ready(tuple(ready), self._mark_step())])
+
+    def _expected(self, orders: Sequence[PlannedOrder]) -> tuple[Expect, ...]:
+        """What of a request's orders comes to this rank, and from which ranks."""
+        expected = []
+        for part, order in enumerate(orders):
+            between = edges(len(order.endpoints), self._geometry.tp, self._geometry.kv_heads)
+            for edge in sources_of(self._rank, between):
+                spec = replace(order.spec, heads=edge.heads)
+                expected.append(Expect(order.endpoints[edge.source], order.epoch, part, spec))
+        return tuple(expected)
 
     def close(self) -> None:
         self._io.close()
@@ -105,6 +143,7 @@ def _results(report: WorkerReport) -> Results:
     results = Results(report=report)
     for outcome in report.outcomes:
         results.received.add(outcome.request)
-        if outcome.reason != CANCELLED:
+        if outcome.missing and outcome.reason != CANCELLED:
+            results.failed.add(outcome.request)
             results.missing_blocks.update(outcome.missing)
     return results

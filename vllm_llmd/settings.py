@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -40,6 +40,9 @@ class EngineSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     lease_ms: int = 5000
     """How long blocks announced to another engine stay pinned unless it renews; also how long silence may last."""
+
+    stream: Literal["chunks", "layers"] = "chunks"
+    """How the last chunk of a prompt is announced to the engine that ordered it: when it is done, or layer by layer."""
 
     secret: str | None = None
     """Shared by the fleet: orders are signed with it, and unsigned ones refused. By default `VLLM_LLMD_SECRET`."""

@@ -30,11 +30,33 @@ class Message(msgspec.Struct, array_like=True, frozen=True, tag=True):
 # --- values ---------------------------------------------------------------------------------------------------
 
 
+class GroupShape(Record, frozen=True):
+    """One KV cache group: layers that share a block table. `window` is in tokens, 0 where all of the past is kept."""
+
+    block_size: int
+    layers: int
+    window: int = 0
+
+
+class Geometry(Record, frozen=True):
+    """How an engine cuts its KV cache up. Engines of one fingerprint may differ in it, within limits.
+
+    `tp` ranks share `kv_heads` heads; 0 says that every rank holds the whole cache (MLA). `interior` names the order
+    of bytes within a block; an empty one says that only engines cut the very same way understand it.
+    """
+
+    tp: int = 1
+    kv_heads: int = 0
+    interior: str = ""
+    groups: list[GroupShape] = []
+
+
 class EngineInfo(Record, frozen=True):
     """What an engine says of itself when it joins.
 
     `http` is the base URL of its OpenAI API; `workers` are the ZeroMQ endpoints of its worker ranks, in rank order.
-    `fingerprint` is equal on two engines exactly when blocks of one are valid in the other.
+    `fingerprint` is equal on two engines exactly when their caches hold the same values; `geometry` says how each cuts
+    them up. `priorities` tells whether it schedules by priority.
     """
 
     id: EngineId
@@ -48,6 +70,8 @@ class EngineInfo(Record, frozen=True):
     fingerprint: str
     workers: list[str]
     labels: dict[str, str] = {}
+    geometry: Geometry = Geometry()
+    priorities: bool = False
 
 
 class Load(Record, frozen=True):
@@ -199,7 +223,9 @@ class Done(Message, frozen=True):
 class Ticket(msgspec.Struct, frozen=True):
     """What makes a one-token request an order; it travels as JSON in the request's `kv_transfer_params`.
 
-    Prompt blocks from `first_block` on are wanted, up to the end of the request's prompt. `mac` as in Greet.
+    The KV of prompt tokens `first_token` to `end_token` (exclusive) is wanted by the destination's `destination_tp`
+    ranks. `adapter` is a digest of the adapter's weights, empty without one. `deadline_ms` is how long the order is
+    worth serving, 0 for ever. `request` is the destination's name for what it is serving. `mac` as in Greet.
     """
 
     order: OrderId
@@ -207,19 +233,59 @@ class Ticket(msgspec.Struct, frozen=True):
     source_epoch: Epoch
     destination: EngineId
     destination_epoch: Epoch
+    destination_tp: int
     fingerprint: str
-    first_block: int
+    first_token: int
+    end_token: int
     lease_ms: int
+    request: str = ""
+    adapter: str = ""
+    deadline_ms: int = 0
     version: int = MAJOR
     mac: str = ""
 
 
+class Component(Record, frozen=True):
+    """Values at fixed strides within a block, in bytes: `offset + h * head + t * token + c * channel`.
+
+    There are `channels` of them per head and token, `item_bytes` each.
+    """
+
+    offset: int
+    head: int
+    token: int
+    channel: int
+    channels: int
+    item_bytes: int
+
+
+class Interior(Record, frozen=True):
+    """What stands where within one block of one layer.
+
+    `heads` and `tokens` are what the block holds; a head is one run of `head_bytes`, or of none if that is 0. Without
+    `components` the order of bytes within a head is unknown.
+    """
+
+    heads: int
+    tokens: int
+    head_bytes: int
+    components: list[Component]
+
+
 class Regions(Record, frozen=True):
-    """Where a rank keeps its KV cache: layer `l` of block `b` is `block_bytes` at `bases[l] + b * strides[l]`."""
+    """Where a rank keeps its KV cache, region by region; a layer is one region, or two where K and V are apart.
+
+    Region `r` holds block `b` of layer `layers[r]`, of KV cache group `groups[r]`, in `block_bytes[r]` bytes at
+    `bases[r] + b * strides[r]`, ordered as `interiors[kinds[r]]` says.
+    """
 
     bases: list[int]
     strides: list[int]
     block_bytes: list[int]
+    layers: list[int]
+    groups: list[int]
+    kinds: list[int]
+    interiors: list[Interior]
     num_blocks: int
     device_id: int
     memory: str
@@ -239,17 +305,26 @@ class Greeting(Message, frozen=True):
     scratch: int
 
 
+class Strip(Record, frozen=True):
+    """Successive prompt blocks `first_block ...` of one KV cache group stand in the source's blocks `blocks`."""
+
+    group: int
+    first_block: int
+    blocks: list[int]
+
+
 class Announce(Message, frozen=True):
-    """Prompt blocks `first_block ...` of `order` are ready in the source's blocks `blocks`, and pinned.
+    """A range of `order` is ready and pinned: `strips`, in layers `first_layer` to `end_layer` (exclusive; 0: all).
 
     `seq` counts the order's ranges from 0. `last` marks the range that completes the order.
     """
 
     order: OrderId
     seq: int
-    first_block: int
-    blocks: list[int]
+    strips: list[Strip]
     last: bool
+    first_layer: int = 0
+    end_layer: int = 0
 
 
 class Renewed(Message, frozen=True):

@@ -10,7 +10,8 @@ import numpy.typing as npt
 import pytest
 
 from vllm_llmd.errors import TransferError
-from vllm_llmd.kv_connector.layout import BlockPair, Region, one_run, pack_regions, read_runs
+from vllm_llmd.kv_connector.bridge import Bridge, one_run
+from vllm_llmd.kv_connector.layout import CellCopy, LayerView, Memory, Runs, TensorView, pack_regions
 from vllm_llmd.kv_connector.transport import SCRATCH_BYTES, PeerName, ReadPlan, ReadState, Transport
 from vllm_llmd.testing.transport import FakeTransport
 from vllm_llmd.wire import Regions
@@ -37,7 +38,8 @@ class End:
 
 def make_end(transport: Transport) -> End:
     memory = np.zeros((BLOCKS, BLOCK_BYTES), dtype=np.uint8)
-    regions = pack_regions([Region(memory.ctypes.data, BLOCK_BYTES, BLOCK_BYTES)], BLOCKS, 0, "DRAM")
+    tensor = TensorView(memory.ctypes.data, memory.shape, (BLOCK_BYTES, 1), 1)
+    regions = pack_regions([LayerView(0, 0, tensor, "opaque")], Memory(BLOCKS, "DRAM", 0))
     transport.register(regions, [(memory.ctypes.data, memory.nbytes)])
     return End(transport, memory, regions)
 
@@ -63,6 +65,14 @@ def ends(request: pytest.FixtureRequest) -> Iterator[tuple[End, End]]:
     source.transport.close()
 
 
+def runs(ends: tuple[End, End], *pairs: tuple[int, int]) -> tuple[Runs, Runs]:
+    """The runs, here and there, that copy blocks (source's, destination's)."""
+    source, destination = ends
+    cells = [CellCopy(0, remote, 0, local, 0) for remote, local in pairs]
+    work = Bridge(destination.regions, source.regions, None).plan(cells)
+    return work.local, work.remote
+
+
 def finish(transport: Transport, plan: ReadPlan) -> ReadState:
     read = transport.start_read(plan)
     for _ in range(20_000):
@@ -77,8 +87,7 @@ def test_a_read_copies_the_blocks_asked_for_and_no_others(ends: tuple[End, End])
     source, destination = ends
     source.memory[:] = np.arange(BLOCKS, dtype=np.uint8)[:, None]
     peer = destination.transport.connect(source.transport.metadata())
-    pairs = [BlockPair(remote=r, local=d) for r, d in ((3, 1), (4, 2), (9, 15))]
-    local, remote = read_runs(destination.regions, source.regions, pairs)
+    local, remote = runs(ends, (3, 1), (4, 2), (9, 15))
     assert finish(destination.transport, ReadPlan(peer, local, remote, "DRAM", "DRAM")) is ReadState.FINISHED
     expected = np.zeros((BLOCKS, BLOCK_BYTES), dtype=np.uint8)
     expected[1], expected[2], expected[15] = 3, 4, 9
@@ -90,7 +99,7 @@ def test_reads_of_one_peer_run_side_by_side(ends: tuple[End, End]) -> None:
     source.memory[:] = 7
     peer = destination.transport.connect(source.transport.metadata())
     for block in range(BLOCKS):
-        local, remote = read_runs(destination.regions, source.regions, [BlockPair(block, block)])
+        local, remote = runs(ends, (block, block))
         assert finish(destination.transport, ReadPlan(peer, local, remote, "DRAM", "DRAM")) is ReadState.FINISHED
     assert (destination.memory == 7).all()
 
@@ -108,14 +117,14 @@ def test_a_peer_can_be_forgotten_and_learnt_again(ends: tuple[End, End]) -> None
     source.memory[:] = 5
     for _ in range(2):
         peer = destination.transport.connect(source.transport.metadata())
-        local, remote = read_runs(destination.regions, source.regions, [BlockPair(0, 0)])
+        local, remote = runs(ends, (0, 0))
         assert finish(destination.transport, ReadPlan(peer, local, remote, "DRAM", "DRAM")) is ReadState.FINISHED
         destination.transport.disconnect(peer)
 
 
 def test_a_read_from_a_stranger_cannot_start(ends: tuple[End, End]) -> None:
     source, destination = ends
-    local, remote = read_runs(destination.regions, source.regions, [BlockPair(0, 0)])
+    local, remote = runs(ends, (0, 0))
     with pytest.raises(TransferError):
         destination.transport.start_read(ReadPlan(PeerName("stranger"), local, remote, "DRAM", "DRAM"))
 

@@ -25,7 +25,18 @@ PURE = (
     "kv_connector/lifecycle.py",
     "kv_connector/lease.py",
     "kv_connector/layout.py",
+    "kv_connector/bridge.py",
+    "kv_connector/topology.py",
+    "kv_connector/destination.py",
+    "kv_connector/source.py",
+    "kv_connector/delivery.py",
     "kv_connector/exchange.py",
+    "kv_connector/hints.py",
+    "kv_connector/inflight.py",
+    "kv_connector/room.py",
+    "kv_connector/quarantine.py",
+    "kv_connector/reads.py",
+    "kv_connector/metrics.py",
     "kv_connector/block_names.py",
     "kv_connector/report.py",
     "kv_connector/steps.py",
@@ -58,8 +69,9 @@ HOMES: dict[str, tuple[str, ...]] = {
         "kv_connector/warmer.py",
         "router/ingest.py",
     ),
-    "vllm": ("kv_connector/connector.py", "kv_connector/vllm_compat.py", "vllm_llmd/plugin.py"),
-    "torch": ("kv_connector/vllm_compat.py", "vllm_llmd/model.py", "kernels/"),
+    "vllm": ("kv_connector/connector.py", "kv_connector/vllm_", "vllm_llmd/plugin.py"),
+    "torch": ("kv_connector/vllm_", "kv_connector/device_staging.py", "vllm_llmd/model.py", "kernels/"),
+    "opentelemetry": ("kv_connector/spans.py",),
     "transformers": ("vllm_llmd/model.py",),
     "triton": ("kernels/",),
     "numba": ("kernels/",),
@@ -154,8 +166,9 @@ def test_the_connector_does_not_import_the_router(source: str) -> None:
 
 
 @pytest.mark.parametrize("source", in_folder("kernels"))
-def test_kernels_import_only_names(source: str) -> None:
-    assert [each for each in ours(source) if not each.module.startswith(("vllm_llmd.names", "vllm_llmd.kernels"))] == []
+def test_kernels_import_only_names_and_errors(source: str) -> None:
+    allowed = ("vllm_llmd.names", "vllm_llmd.errors", "vllm_llmd.kernels")
+    assert [each for each in ours(source) if not each.module.startswith(allowed)] == []
 
 
 @pytest.mark.parametrize("third_party", HOMES)

@@ -9,11 +9,12 @@ import pytest
 
 from vllm_llmd.errors import ConfigError
 from vllm_llmd.settings import EngineSettings
+from vllm_llmd.wire import Geometry, GroupShape
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what torch deprecates as vLLM imports it is not ours to mend
     pytest.importorskip("vllm")
-    from vllm_llmd.kv_connector import vllm_compat
+    from vllm_llmd.kv_connector import vllm_facts
 
 
 class FullAttentionSpec(SimpleNamespace):
@@ -24,33 +25,62 @@ class SlidingWindowSpec(SimpleNamespace):
     """Likewise."""
 
 
+class MLAAttentionSpec(SimpleNamespace):
+    """Likewise."""
+
+
+class MambaSpec(SimpleNamespace):
+    """Likewise."""
+
+
+class UniformTypeKVCacheSpecs(SimpleNamespace):
+    """Likewise."""
+
+
 def spec(**changes: Any) -> FullAttentionSpec:
     facts = {"block_size": 32, "dtype": "f32", "num_kv_heads": 2, "head_size": 32, "page_size_bytes": 4096}
     return FullAttentionSpec(**{**facts, **changes})
 
 
 def cache(*specs: Any) -> Any:
-    groups = [SimpleNamespace(kv_cache_spec=each, layer_names=["a", "b"]) for each in specs or (spec(),)]
+    groups = [
+        SimpleNamespace(kv_cache_spec=each, layer_names=[f"layers.{n}.attn", f"layers.{n + 8}.attn"])
+        for n, each in enumerate(specs or (spec(),), start=2)
+    ]
     return SimpleNamespace(kv_cache_groups=groups, num_blocks=64, kv_cache_layout="NHD")
 
 
 def config(
-    model: str = "m", policy: str = "recompute", role: str = "kv_both", caching: bool = True, **sizes: int
+    model: str = "m",
+    policy: str = "recompute",
+    role: str = "kv_both",
+    caching: bool = True,
+    kv_heads: int = 2,
+    device: str = "cpu",
+    scales: bool = False,
+    **sizes: int,
 ) -> Any:
     parallel = {"tensor_parallel_size": 1, "pipeline_parallel_size": 1, "data_parallel_size": 1, **sizes}
     return SimpleNamespace(
         kv_transfer_config=SimpleNamespace(engine_id="e", kv_role=role, kv_load_failure_policy=policy),
         model_config=SimpleNamespace(
-            model=model, revision=None, quantization=None, dtype="f32", served_model_name=["m"], max_model_len=99
+            model=model,
+            revision=None,
+            quantization=None,
+            dtype="f32",
+            served_model_name=["m"],
+            max_model_len=99,
+            get_total_num_kv_heads=lambda: kv_heads,
         ),
         parallel_config=SimpleNamespace(**parallel),
-        device_config=SimpleNamespace(device_type="cpu"),
-        cache_config=SimpleNamespace(enable_prefix_caching=caching),
+        device_config=SimpleNamespace(device_type=device),
+        cache_config=SimpleNamespace(enable_prefix_caching=caching, calculate_kv_scales=scales),
+        scheduler_config=SimpleNamespace(policy="fcfs"),
     )
 
 
 def fingerprint(settings: EngineSettings | None = None, kv_cache: Any = None, **changes: Any) -> str:
-    facts = vllm_compat.read_facts(config(**changes), kv_cache or cache(), settings or EngineSettings())
+    facts = vllm_facts.read_facts(config(**changes), kv_cache or cache(), settings or EngineSettings())
     return facts.fingerprint
 
 
@@ -62,14 +92,56 @@ def test_equal_engines_have_equal_fingerprints() -> None:
     "changed",
     [
         {"model": "other"},
-        {"tensor_parallel_size": 2},
-        {"kv_cache": cache(spec(block_size=64))},
+        {"device": "cuda"},
         {"kv_cache": cache(spec(dtype="bf16"))},
-        {"kv_cache": cache(spec(num_kv_heads=4))},
+        {"kv_cache": cache(spec(head_size=64))},
+        {"kv_cache": cache(spec(), spec())},
+        {"kv_cache": cache(SlidingWindowSpec(**vars(spec()), sliding_window=64))},
+        {"kv_heads": 4},
     ],
 )
-def test_engines_whose_blocks_differ_have_other_fingerprints(changed: dict[str, Any]) -> None:
+def test_engines_whose_caches_hold_other_values_have_other_fingerprints(changed: dict[str, Any]) -> None:
     assert fingerprint(**changed) != fingerprint()
+
+
+@pytest.mark.parametrize("changed", [{"tensor_parallel_size": 2}, {"kv_cache": cache(spec(block_size=64))}])
+def test_engines_that_cut_the_same_values_up_otherwise_have_the_same_fingerprint(changed: dict[str, Any]) -> None:
+    assert fingerprint(**changed) == fingerprint()
+
+
+def geometry(kv_cache: Any, **changes: Any) -> Geometry:
+    return vllm_facts.read_facts(config(**changes), kv_cache, EngineSettings()).geometry
+
+
+def test_the_geometry_tells_how_the_cache_is_cut_up() -> None:
+    window = SlidingWindowSpec(**vars(spec(block_size=16)), sliding_window=100)
+    found = geometry(cache(spec(), window), tensor_parallel_size=2, kv_heads=8)
+    assert (found.tp, found.kv_heads) == (2, 8)
+    assert found.groups == [GroupShape(32, 2, 0), GroupShape(16, 2, 100)]
+
+
+def test_a_latent_cache_is_held_by_every_rank() -> None:
+    assert geometry(cache(MLAAttentionSpec(**vars(spec()))), tensor_parallel_size=4).kv_heads == 0
+
+
+def test_on_gpus_a_block_is_made_of_cells_unless_it_is_packed() -> None:
+    assert geometry(cache(), device="cuda").interior == "cuda cells"
+    packed = spec(kv_quant_mode=SimpleNamespace(name="INT4_PER_TOKEN_HEAD"))
+    assert geometry(cache(packed), device="cuda").interior == "opaque cuda"
+
+
+def test_layers_stand_in_the_models_order_whatever_group_they_are_of() -> None:
+    facts = vllm_facts.read_facts(config(), cache(spec(), spec()), EngineSettings())
+    assert [(layer.name, layer.group) for layer in facts.layers] == [
+        ("layers.2.attn", 0), ("layers.3.attn", 1), ("layers.10.attn", 0), ("layers.11.attn", 1)
+    ]  # fmt: skip
+    assert facts.layer_masks == (0b0101, 0b1010)
+
+
+def test_blocks_are_named_by_the_group_that_keeps_all_of_the_past() -> None:
+    window = SlidingWindowSpec(**vars(spec(block_size=16)), sliding_window=100)
+    facts = vllm_facts.read_facts(config(), cache(window, spec()), EngineSettings())
+    assert (facts.naming_group, facts.block_size) == (1, 32)
 
 
 def test_a_model_id_makes_up_for_different_directories() -> None:
@@ -79,31 +151,47 @@ def test_a_model_id_makes_up_for_different_directories() -> None:
 
 @pytest.mark.parametrize(("role", "ours"), [("kv_producer", "prefill"), ("kv_consumer", "decode"), ("kv_both", "both")])
 def test_the_role_follows_vllms_unless_it_is_set(role: str, ours: str) -> None:
-    assert vllm_compat.read_facts(config(role=role), cache(), EngineSettings()).role == ours
-    assert vllm_compat.read_facts(config(role=role), cache(), EngineSettings(role="decode")).role == "decode"
+    assert vllm_facts.read_facts(config(role=role), cache(), EngineSettings()).role == ours
+    assert vllm_facts.read_facts(config(role=role), cache(), EngineSettings(role="decode")).role == "decode"
 
 
-def test_a_model_with_another_kind_of_cache_is_refused_by_name() -> None:
-    with pytest.raises(ConfigError, match=r"gemma has 2 of \['FullAttentionSpec', 'SlidingWindowSpec'\]"):
-        vllm_compat.read_facts(config(model="gemma"), cache(spec(), SlidingWindowSpec()), EngineSettings())
+@pytest.mark.parametrize(
+    ("kv_cache", "words"),
+    [
+        (cache(spec(), MambaSpec(**vars(spec()))), "layers of MambaSpec"),
+        (cache(spec(tokens_per_state=4)), "one state per 4 tokens"),
+        (
+            cache(UniformTypeKVCacheSpecs(**vars(spec()), kv_cache_specs={"a": MambaSpec(**vars(spec()))})),
+            "layers of MambaSpec",
+        ),
+    ],
+)
+def test_a_model_with_another_kind_of_cache_is_refused_by_name(kv_cache: Any, words: str) -> None:
+    with pytest.raises(ConfigError, match=f"KV cache of jamba: it .*{words}"):
+        vllm_facts.read_facts(config(model="jamba"), kv_cache, EngineSettings())
+
+
+def test_scales_that_each_engine_measures_for_itself_are_refused() -> None:
+    with pytest.raises(ConfigError, match="--calculate-kv-scales"):
+        vllm_facts.read_facts(config(scales=True), cache(), EngineSettings())
 
 
 @pytest.mark.parametrize("size", ["pipeline_parallel_size", "data_parallel_size", "decode_context_parallel_size"])
 def test_parallelism_that_is_not_supported_is_refused_by_name(size: str) -> None:
     with pytest.raises(ConfigError, match=size):
-        vllm_compat.read_facts(config(**{size: 2}), cache(), EngineSettings())
+        vllm_facts.read_facts(config(**{size: 2}), cache(), EngineSettings())
 
 
 def test_a_policy_that_fails_requests_is_warned_of_with_what_to_write(caplog: pytest.LogCaptureFixture) -> None:
     logging.getLogger("vllm_llmd").propagate = True
-    vllm_compat.warn_of_what_should_differ(config(policy="fail"))
+    vllm_facts.warn_of_what_should_differ(config(policy="fail"))
     assert '"kv_load_failure_policy":"recompute"' in caplog.text
     caplog.clear()
-    vllm_compat.warn_of_what_should_differ(config())
+    vllm_facts.warn_of_what_should_differ(config())
     assert caplog.text == ""
 
 
 def test_prefix_caching_that_is_off_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
     logging.getLogger("vllm_llmd").propagate = True
-    vllm_compat.warn_of_what_should_differ(config(caching=False))
+    vllm_facts.warn_of_what_should_differ(config(caching=False))
     assert "prefix caching is off" in caplog.text

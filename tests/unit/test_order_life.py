@@ -1,217 +1,517 @@
-"""Both ends of orders, driven through random interleavings: never a wrong block, nothing leaked, every order ends.
+"""All stories of orders, told at random: engines of any cut, a network that repeats and reorders, clocks that drift.
 
-The model is the harshest world the protocol allows: messages are delayed, repeated and reordered; the two clocks run
-at different speeds; whatever the source unpins is overwritten at once; a read returns what lies there when it ends.
+Both ends run the real code below the sockets: `Serving`, `PinBook` and `Exchange` at the source, `Exchange` at the
+destination. The model holds what every byte of every block should be, and who may still write it.
 """
 
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+import msgspec
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from vllm_llmd.kv_connector.exchange import Act, Caller, Exchange, ReadFrom, SourceEndpoint, ToDestination, ToSource
-from vllm_llmd.kv_connector.lifecycle import Drained, OrderSpec, Outcome, Unpin
+from vllm_llmd.kv_connector.delivery import SourceEndpoint
+from vllm_llmd.kv_connector.exchange import Act, Caller, Exchange, Expect, ReadFrom, ToDestination, ToSource
+from vllm_llmd.kv_connector.lifecycle import CANCELLED, Drained, OrderSpec, Outcome, Unpin, Wanted
+from vllm_llmd.kv_connector.orders import ORDER_KEY
+from vllm_llmd.kv_connector.placing import OrderPolicy
+from vllm_llmd.kv_connector.room import Room
+from vllm_llmd.kv_connector.seal import Seal
+from vllm_llmd.kv_connector.serving import PinBook, Serving, Streaming
+from vllm_llmd.kv_connector.steps import PlannedRange, StepPlan
+from vllm_llmd.kv_connector.topology import edges, readers_of, sources_of
 from vllm_llmd.names import EngineId, Epoch, OrderId, RequestId
-from vllm_llmd.wire import Announce, PeerMessage
+from vllm_llmd.testing.clock import FakeClock
+from vllm_llmd.wire import Geometry, GroupShape, PeerMessage, Ticket
 
 LEASE_MS = 1000.0
-SOURCE = SourceEndpoint("tcp://source")
-CALLER = Caller(EngineId("destination"), Epoch(1), 0)
-
+HEADS, LAYERS, POOL = 2, 2, 24
+DESTINATION = EngineId("d")
 
 RARELY = st.sampled_from([False, False, False, False, False, True])
 
+Value = tuple[str, int, int, int] | str
+"""What one head of one token of one layer holds: the prompt, the token, the layer and the head, or rubbish."""
+
 
 @dataclass
-class Order:
-    """What the model knows of one order. Block `i` of the prompt rightly holds `(order, i)`."""
-
-    id: OrderId
-    blocks: int
-    local: tuple[int, ...]
-    ready: int = 0
-    seqs: int = 0
-    withdrawn: bool = False
-    outcome: Outcome | None = None
-    quarantined: set[int] = field(default_factory=set)
+class Block:
+    block_id: int
+    refs: int = 0
+    is_null: bool = False
 
 
-class TwoEnds(RuleBasedStateMachine):
-    """A destination and a source with a lossy-ordered network between them."""
+class Memory:
+    """What the blocks of one engine hold; a missing value has never been written."""
 
-    @initialize(drift=st.sampled_from([0.93, 1.0, 1.07]))
-    def start(self, drift: float) -> None:
-        self.destination, self.source = Exchange(), Exchange()
+    def __init__(self) -> None:
+        self.values: dict[tuple[int, int, int, int], Value] = {}
+
+    def spoil(self, block: int) -> None:
+        for key in self.values:
+            if key[0] == block:
+                self.values[key] = "reused"
+
+
+@dataclass
+class Request:
+    """A request as the source's vLLM holds it."""
+
+    request_id: str
+    prompt: str
+    num_prompt_tokens: int
+    kv_transfer_params: dict[str, Any]
+    blocks: list[Block] = field(default_factory=list)
+    num_computed_tokens: int = 0
+    lora_request: None = None
+
+
+class SourceEngine:
+    """One source, in one life: its requests, its pool, and a post office per rank."""
+
+    def __init__(self, name: str, epoch: int, tp: int, block_size: int, by_layer: bool, clock: FakeClock) -> None:
+        self.name, self.epoch, self.tp, self.block_size, self.clock = name, Epoch(epoch), tp, block_size, clock
+        self.memory = Memory()
+        self.pool = [Block(i) for i in range(POOL)]
+        self.requests: dict[str, Request] = {}
+        geometry = Geometry(tp, HEADS, "cells", [GroupShape(block_size, LAYERS)])
+        policy = OrderPolicy(
+            EngineId(name), self.epoch, "same", geometry, (3,), block_size, 1, int(LEASE_MS), Seal(None)
+        )
+        self.pins = PinBook(self)
+        self.serving = Serving(policy, self, self.pins, Room(POOL), clock)
+        self.serving.streaming = Streaming(by_layer, LAYERS, 1 << 20)
+        self.ranks = [Exchange() for _ in range(tp)]
+
+    def blocks_of(self, request_id: str) -> tuple[list[Block], ...]:
+        return (self.requests[request_id].blocks,)
+
+    def pin(self, blocks: Sequence[Block]) -> None:
+        for block in blocks:
+            block.refs += 1
+
+    def unpin(self, blocks: Sequence[Block]) -> None:
+        for block in blocks:
+            assert block.refs, "let go of more often than held"
+            block.refs -= 1
+
+    def allocate(self, request: Request, tokens: int) -> bool:
+        """Blocks for so many tokens in all; a block taken from the pool loses what it held."""
+        missing = -(-tokens // self.block_size) - len(request.blocks)
+        free = [block for block in self.pool if not block.refs]
+        if missing > len(free):
+            return False
+        for block in free[: max(missing, 0)]:
+            self.memory.spoil(block.block_id)
+            self.pin([block])
+            request.blocks.append(block)
+        return True
+
+    def release(self, request: Request) -> None:
+        self.unpin(request.blocks)
+        request.blocks.clear()
+
+    def write(self, request: Request, tokens: range) -> None:
+        for token in tokens:
+            block = request.blocks[token // self.block_size].block_id
+            for layer in range(LAYERS):
+                for head in range(HEADS):
+                    value = (request.prompt, token, layer, head)
+                    self.memory.values[block, token % self.block_size, layer, head] = value
+
+
+@dataclass
+class Part:
+    """One order of a load."""
+
+    order: OrderId
+    source: SourceEngine
+    first: int
+    end: int
+    arrived: bool = False
+
+
+@dataclass
+class Load:
+    """What the model knows of one request at the destination."""
+
+    request: RequestId
+    tokens: int
+    blocks: tuple[int, ...]
+    parts: list[Part]
+    outcomes: dict[int, Outcome] = field(default_factory=dict)
+    quarantined: Counter[tuple[int, int]] = field(default_factory=Counter)
+
+
+class EnginesThatOrder(RuleBasedStateMachine):
+    """A destination, two sources, and a network between them that repeats, delays and reorders."""
+
+    @initialize(
+        drift=st.sampled_from([0.93, 1.0, 1.07]),
+        source_tp=st.sampled_from([1, 2]),
+        destination_tp=st.sampled_from([1, 2]),
+        sizes=st.sampled_from([(2, 2), (2, 4), (4, 2)]),
+        by_layer=st.booleans(),
+    )
+    def start(self, drift: float, source_tp: int, destination_tp: int, sizes: tuple[int, int], by_layer: bool) -> None:
         self.now, self.drift = 0.0, drift
-        self.orders: dict[OrderId, Order] = {}
-        self.to_source: list[PeerMessage] = []
-        self.to_destination: list[PeerMessage] = []
-        self.reads: list[ReadFrom] = []
-        self.source_memory: dict[int, object] = {}
-        self.local_memory: dict[int, object] = {}
-        self.pinned: dict[tuple[OrderId, int], tuple[int, ...]] = {}
+        self.tp, self.epoch = destination_tp, 1
+        self.source_size, self.size = sizes
+        self.edges = edges(source_tp, destination_tp, HEADS)
+        self.clocks = [FakeClock(5000.0), FakeClock(9000.0)]
+        self.sources = [SourceEngine(f"s{i}", 1, source_tp, sizes[0], by_layer, self.clocks[i]) for i in range(2)]
+        self.dead: list[SourceEngine] = []
+        self.loads: dict[RequestId, Load] = {}
         self.next_block = 0
-        self.obey(self.source.greeted(CALLER))
+        self.count = 0
+        self.begin_life()
 
-    # --- clocks: the destination's is the true one, the source's runs at another speed -----------------------
+    def begin_life(self) -> None:
+        """The destination is new: nothing is on its way to it, and the sources hear it greet."""
+        self.ranks = [Exchange() for _ in range(self.tp)]
+        self.memory: list[dict[tuple[int, int, int, int], Value]] = [{} for _ in range(self.tp)]
+        self.to_source: list[tuple[SourceEngine, int, int, PeerMessage]] = []
+        self.to_destination: list[tuple[SourceEngine, int, int, PeerMessage]] = []
+        self.reads: list[tuple[int, ReadFrom]] = []
+        for source in self.sources:
+            self.greet(source)
 
-    @property
-    def source_now(self) -> float:
-        return 5000 + self.now * self.drift
+    def greet(self, source: SourceEngine) -> None:
+        for edge in self.edges:
+            self.at_source(source, edge.source, source.ranks[edge.source].greeted(self.caller(edge.destination)))
 
-    def new_blocks(self, count: int) -> tuple[int, ...]:
-        self.next_block += count
-        return tuple(range(self.next_block - count, self.next_block))
+    def caller(self, rank: int) -> Caller:
+        return Caller(DESTINATION, Epoch(self.epoch), rank)
 
-    def obey(self, acts: list[Act]) -> None:
+    # --- carrying out what either side decides ------------------------------------------------------------------
+
+    def at_source(self, source: SourceEngine, rank: int, acts: list[Act]) -> None:
         for act in acts:
             match act:
-                case ToSource(_, message):
-                    self.to_source.append(message)
-                case ToDestination(_, message):
-                    self.to_destination.append(message)
-                case ReadFrom():
-                    self.reads.append(act)
+                case ToDestination(caller, message) if caller.epoch == self.epoch:
+                    self.to_destination.append((source, rank, caller.rank, message))
                 case Unpin(order, seqs):
-                    for seq in seqs:
-                        for block in self.pinned.pop((order, seq)):
-                            self.source_memory[block] = "overwritten"
+                    source.pins.release(Counter({(order, seq): 1 for seq in seqs}))
+
+    def at_destination(self, rank: int, acts: list[Act]) -> None:
+        for act in acts:
+            match act:
+                case ToSource(endpoint, message):
+                    found = self.source_at(endpoint)
+                    if found is not None:
+                        self.to_source.append((*found, rank, message))
+                case ReadFrom():
+                    self.reads.append((rank, act))
                 case Outcome():
-                    self.check_outcome(act)
+                    self.check_outcome(rank, act)
                 case Drained(order, blocks):
-                    self.orders[order].quarantined -= set(blocks)
+                    load = next(load for load in self.loads.values() if order in [p.order for p in load.parts])
+                    load.quarantined -= Counter({(rank, block): 1 for block in blocks})
 
-    def check_outcome(self, outcome: Outcome) -> None:
-        order = self.orders[outcome.order]
-        assert order.outcome is None, "an outcome is reported once"
-        order.outcome = outcome
-        order.quarantined = set(outcome.quarantined)
-        assert order.quarantined <= set(outcome.missing)
+    def endpoint(self, source: SourceEngine, rank: int) -> SourceEndpoint:
+        return SourceEndpoint(f"{source.name}/{source.epoch}/{rank}")
+
+    def source_at(self, endpoint: SourceEndpoint) -> tuple[SourceEngine, int] | None:
+        """The living source at an endpoint; nobody answers for one whose life is over."""
+        name, epoch, rank = endpoint.split("/")
+        return next(
+            ((source, int(rank)) for source in self.sources if (source.name, str(source.epoch)) == (name, epoch)), None
+        )
+
+    def check_outcome(self, rank: int, outcome: Outcome) -> None:
+        load = self.loads[outcome.request]
+        assert rank not in load.outcomes, "an outcome is reported once"
+        load.outcomes[rank] = outcome
+        load.quarantined += Counter((rank, block) for block in outcome.quarantined)
+        assert set(outcome.quarantined) <= set(outcome.missing)
         assert (outcome.reason is None) == (not outcome.missing)
-        for index, block in enumerate(order.local):
-            if block not in outcome.missing:
-                assert self.local_memory[block] == (order.id, index), "an accepted block holds what it should"
-        in_flight = {pair.local for read in self.reads for pair in read.read.pairs if read.read.order == order.id}
-        assert in_flight <= order.quarantined, "a block that may still change is quarantined"
+        for token in range(load.tokens):
+            block = load.blocks[token // self.size]
+            if block in outcome.missing:
+                continue
+            for layer in range(LAYERS):
+                for head in self.heads(rank, self.tp):
+                    held = self.memory[rank].get((block, token % self.size, layer, head))
+                    assert held == (load.request, token, layer, head), "an accepted block holds what it should"
+        assert self.in_flight(rank, load) <= {block for r, block in load.quarantined if r == rank}
 
-    # --- what can happen --------------------------------------------------------------------------------------
+    def in_flight(self, rank: int, load: Load) -> set[int]:
+        orders = {part.order for part in load.parts}
+        return {
+            copy.local for r, act in self.reads if r == rank and act.read.order in orders for copy in act.read.cells
+        }
 
-    @precondition(lambda self: len(self.orders) < 3)
-    @rule(blocks=st.integers(1, 6))
-    def place(self, blocks: int) -> None:
-        order = Order(OrderId(f"o{len(self.orders)}"), blocks, self.new_blocks(blocks))
-        self.orders[order.id] = order
-        spec = OrderSpec(order.id, RequestId(order.id), 0, order.local, LEASE_MS)
-        self.obey(self.destination.load(SOURCE, spec, self.now))
+    def heads(self, rank: int, tp: int) -> range:
+        return range(rank * HEADS // tp, (rank + 1) * HEADS // tp)
 
-    @precondition(lambda self: any(o.ready < o.blocks and not o.withdrawn for o in self.orders.values()))
+    # --- what the destination does ------------------------------------------------------------------------------
+
+    @precondition(lambda self: len(self.loads) < 3)
+    @rule(tokens=st.integers(1, 12), cut=st.integers(0, 12))
+    def place(self, tokens: int, cut: int) -> None:
+        """Order a prompt: from one source, or the front from one and the rest from the other."""
+        self.count += 1
+        request = RequestId(f"r{self.count}")
+        count = -(-tokens // self.size)
+        blocks = tuple(range(self.next_block, self.next_block + count))
+        self.next_block += count
+        unit = max(self.size, self.source_size)
+        cut = cut // unit * unit
+        bounds = [0, cut, tokens] if 0 < cut < tokens else [0, tokens]
+        parts = [
+            Part(OrderId(f"{request}.{i}"), self.sources[(self.count + i) % 2], bounds[i], bounds[i + 1])
+            for i in range(len(bounds) - 1)
+        ]
+        load = self.loads[request] = Load(request, tokens, blocks, parts)
+        for rank in range(self.tp):
+            self.at_destination(rank, self.ranks[rank].load(list(self.expected(load, rank)), self.now))
+
+    def expected(self, load: Load, rank: int) -> Iterator[Expect]:
+        for number, part in enumerate(load.parts):
+            first = part.first // self.size
+            blocks = load.blocks[first : -(-part.end // self.size)]
+            wanted = Wanted(0, 3, self.size, self.source_size, part.first, part.end, first, blocks)
+            for edge in sources_of(rank, self.edges):
+                spec = OrderSpec(part.order, load.request, (wanted,), LEASE_MS, edge.heads)
+                yield Expect(self.endpoint(part.source, edge.source), part.source.epoch, number, spec)
+
+    @precondition(lambda self: any(not part.arrived for part in self.parts()))
     @rule(data=st.data())
-    def compute(self, data: st.DataObject) -> None:
-        order = data.draw(st.sampled_from([o for o in self.orders.values() if o.ready < o.blocks and not o.withdrawn]))
-        count = data.draw(st.integers(1, order.blocks - order.ready))
-        blocks = self.new_blocks(count)
-        for i, block in enumerate(blocks):
-            self.source_memory[block] = (order.id, order.ready + i)
-        self.pinned[order.id, order.seqs] = blocks
-        last = order.ready + count == order.blocks
-        announce = Announce(order.id, order.seqs, order.ready, list(blocks), last)
-        order.ready += count
-        order.seqs += 1
-        self.obey(self.source.ready(CALLER, announce, LEASE_MS, self.source_now))
-
-    @precondition(lambda self: any(o.ready < o.blocks and not o.withdrawn for o in self.orders.values()))
-    @rule(data=st.data(), sure=RARELY)
-    def source_gives_up(self, data: st.DataObject, sure: bool) -> None:
-        if not sure:
+    def order_arrives(self, data: st.DataObject) -> None:
+        load, part = data.draw(st.sampled_from([(x, p) for x in self.loads.values() for p in x.parts if not p.arrived]))
+        part.arrived = True
+        if part.source not in self.sources:
+            self.fail(part.order, "source unreachable")
             return
-        order = data.draw(st.sampled_from([o for o in self.orders.values() if o.ready < o.blocks and not o.withdrawn]))
-        order.withdrawn = True
-        self.obey(self.source.withdrawn(CALLER, order.id, "aborted"))
+        me = EngineId(part.source.name)
+        ticket = Ticket(
+            part.order, me, part.source.epoch, DESTINATION, Epoch(self.epoch), self.tp, "same", part.first, part.end,
+            int(LEASE_MS),
+        )  # fmt: skip
+        params = {ORDER_KEY: msgspec.to_builtins(ticket)}
+        request = Request(part.order, load.request, part.end, params)
+        part.source.requests[part.order] = request
+        part.source.serving.arrived(request)
 
-    @precondition(lambda self: self.orders)
-    @rule(data=st.data(), reason=st.sampled_from(["cancelled", "source unreachable"]), sure=RARELY)
+    def parts(self) -> list[Part]:
+        return [part for load in getattr(self, "loads", {}).values() for part in load.parts]
+
+    @precondition(lambda self: self.loads)
+    @rule(data=st.data(), reason=st.sampled_from([CANCELLED, "source unreachable"]), sure=RARELY)
     def destination_gives_up(self, data: st.DataObject, reason: str, sure: bool) -> None:
         if sure:
-            self.obey(self.destination.failed(data.draw(st.sampled_from(sorted(self.orders))), reason, self.now))
+            part = data.draw(st.sampled_from(self.parts()))
+            self.fail(part.order, reason)
 
-    @precondition(lambda self: self.to_source)
-    @rule(data=st.data(), again=st.booleans())
-    def source_hears(self, data: st.DataObject, again: bool) -> None:
-        message = self.pick(data, self.to_source, again)
-        self.obey(self.source.from_destination(CALLER, message, self.source_now))
-
-    @precondition(lambda self: self.to_destination)
-    @rule(data=st.data(), again=st.booleans())
-    def destination_hears(self, data: st.DataObject, again: bool) -> None:
-        message = self.pick(data, self.to_destination, again)
-        self.obey(self.destination.from_source(SOURCE, message, self.now))
-
-    def pick(self, data: st.DataObject, queue: list[PeerMessage], again: bool) -> PeerMessage:
-        index = data.draw(st.integers(0, len(queue) - 1))
-        return queue[index] if again else queue.pop(index)
+    def fail(self, order: OrderId, reason: str) -> None:
+        for rank in range(self.tp):
+            self.at_destination(rank, self.ranks[rank].failed(order, reason, self.now))
 
     @precondition(lambda self: self.reads)
     @rule(data=st.data(), ok=RARELY.map(lambda rare: not rare))
     def read_ends(self, data: st.DataObject, ok: bool) -> None:
-        act = self.reads.pop(data.draw(st.integers(0, len(self.reads) - 1)))
-        for pair in act.read.pairs:
-            self.local_memory[pair.local] = self.source_memory[pair.remote] if ok else "torn"
-        self.obey(self.destination.read_finished(act.read.order, act.read.seq, ok, self.now))
+        index = data.draw(st.integers(0, len(self.reads) - 1))
+        self.end_read(*self.reads.pop(index), ok)
+
+    def end_read(self, rank: int, act: ReadFrom, ok: bool) -> None:
+        found = self.source_at(act.endpoint)
+        ok = ok and found is not None
+        cell = min(self.size, self.source_size)
+        edge = next(e for e in sources_of(rank, self.edges) if act.endpoint.endswith(f"/{e.source}"))
+        theirs, mine = self.heads(edge.source, self.source_tp), self.heads(rank, self.tp)
+        first, last = (act.read.first_layer, act.read.end_layer) if act.read.end_layer else (0, LAYERS)
+        part = act.read.heads
+        count = len(mine) if part is None else part.count
+        for copy in act.read.cells:
+            for token in range(cell):
+                for layer in range(first, last):
+                    for head in range(count):
+                        there = theirs[head if part is None else part.source_first + head]
+                        here = mine[head if part is None else part.destination_first + head]
+                        assert there == here
+                        at = (copy.remote, copy.remote_part * cell + token, layer, there)
+                        value = found[0].memory.values.get(at, "unwritten") if ok and found else "torn"
+                        self.memory[rank][copy.local, copy.local_part * cell + token, layer, here] = value
+        self.at_destination(rank, self.ranks[rank].read_finished(act.strand, act.read.seq, 1, ok, self.now))
+
+    @property
+    def source_tp(self) -> int:
+        return self.sources[0].tp
+
+    @rule(sure=RARELY, really=RARELY)
+    def destination_restarts(self, sure: bool, really: bool) -> None:
+        if sure and really:
+            self.epoch += 1
+            self.loads.clear()
+            self.begin_life()
+
+    # --- what a source does -------------------------------------------------------------------------------------
+
+    @precondition(lambda self: self.running())
+    @rule(data=st.data(), tokens=st.integers(1, 12))
+    def source_steps(self, data: st.DataObject, tokens: int) -> None:
+        source, request = data.draw(st.sampled_from(self.running()))
+        before = request.num_computed_tokens
+        until = min(before + tokens, request.num_prompt_tokens)
+        if until <= before or not source.allocate(request, until):
+            return
+        plan = StepPlan()
+        source.serving.fill(plan, {request.request_id: until - before})
+        self.announce(source, plan.cached)
+        source.write(request, range(before, until))
+        self.announce(source, plan.ranges)
+        self.withdraw(source, plan)
+        request.num_computed_tokens = until
+        if until == request.num_prompt_tokens:
+            self.end_request(source, request)
+
+    def running(self) -> list[tuple[SourceEngine, Request]]:
+        return [(source, r) for source in getattr(self, "sources", ()) for r in source.requests.values()]
+
+    def announce(self, source: SourceEngine, ranges: list[PlannedRange]) -> None:
+        for planned in ranges:
+            reader = planned.reader
+            for rank, exchange in enumerate(source.ranks):
+                for theirs in readers_of(rank, self.edges):
+                    caller = Caller(reader.engine, reader.epoch, theirs)
+                    acts = exchange.ready(caller, planned.message, planned.lease_ms, source.clock.now_ms())
+                    self.at_source(source, rank, acts)
+
+    def withdraw(self, source: SourceEngine, plan: StepPlan) -> None:
+        for each in plan.withdrawals:
+            for rank, exchange in enumerate(source.ranks):
+                for theirs in readers_of(rank, self.edges):
+                    caller = Caller(each.reader.engine, each.reader.epoch, theirs)
+                    self.at_source(source, rank, exchange.withdrawn(caller, each.order, each.reason))
+
+    def end_request(self, source: SourceEngine, request: Request) -> None:
+        source.serving.finished(request)
+        plan = StepPlan()
+        source.serving.fill(plan, {})
+        self.withdraw(source, plan)
+        source.release(request)
+        del source.requests[request.request_id]
+        for rank in range(self.tp):
+            self.at_destination(rank, self.ranks[rank].source_finished(OrderId(request.request_id), self.now))
+
+    @precondition(lambda self: self.running())
+    @rule(data=st.data(), sure=RARELY)
+    def source_preempts(self, data: st.DataObject, sure: bool) -> None:
+        source, request = data.draw(st.sampled_from(self.running()))
+        if sure:
+            source.release(request)
+            request.num_computed_tokens = 0
+
+    @precondition(lambda self: self.running())
+    @rule(data=st.data(), sure=RARELY)
+    def source_gives_up(self, data: st.DataObject, sure: bool) -> None:
+        source, request = data.draw(st.sampled_from(self.running()))
+        if sure:
+            self.end_request(source, request)
+
+    @rule(which=st.integers(0, 1), noticed=st.booleans(), sure=RARELY, really=RARELY)
+    def source_restarts(self, which: int, noticed: bool, sure: bool, really: bool) -> None:
+        """All of a source's life is gone; the destination may or may not notice that the connection broke."""
+        if not (sure and really):
+            return
+        old = self.sources[which]
+        new = SourceEngine(
+            old.name, old.epoch + 1, old.tp, old.block_size, old.serving.streaming.by_layer, self.clocks[which]
+        )
+        self.sources[which] = new
+        self.to_source = [each for each in self.to_source if each[0] is not old]
+        self.to_destination = [each for each in self.to_destination if each[0] is not old]
+        self.greet(new)
+        for rank in range(self.tp if noticed else 0):
+            for edge in sources_of(rank, self.edges):
+                lost = self.ranks[rank].source_lost(self.endpoint(old, edge.source), "source restarted", self.now)
+                self.at_destination(rank, lost)
+
+    # --- the network and time -----------------------------------------------------------------------------------
+
+    @precondition(lambda self: self.to_source)
+    @rule(data=st.data(), again=st.booleans())
+    def source_hears(self, data: st.DataObject, again: bool) -> None:
+        self.hear_at_source(*self.pick(data, self.to_source, again))
+
+    def hear_at_source(self, source: SourceEngine, rank: int, theirs: int, message: PeerMessage) -> None:
+        acts = source.ranks[rank].from_destination(self.caller(theirs), message, source.clock.now_ms())
+        self.at_source(source, rank, acts)
+
+    @precondition(lambda self: self.to_destination)
+    @rule(data=st.data(), again=st.booleans())
+    def destination_hears(self, data: st.DataObject, again: bool) -> None:
+        self.hear_at_destination(*self.pick(data, self.to_destination, again))
+
+    def hear_at_destination(self, source: SourceEngine, rank: int, mine: int, message: PeerMessage) -> None:
+        acts = self.ranks[mine].from_source(self.endpoint(source, rank), message, self.now)
+        self.at_destination(mine, acts)
+
+    def pick(self, data: st.DataObject, queue: list[Any], again: bool) -> Any:
+        index = data.draw(st.integers(0, len(queue) - 1))
+        return queue[index] if again else queue.pop(index)
 
     @rule(
-        ms=st.sampled_from([1.0, 300.0, 600.0, 1500.0]), who=st.sampled_from(["both", "source", "destination", "none"])
+        ms=st.sampled_from([1.0, 300.0, 600.0, 1500.0]), who=st.sampled_from(["both", "sources", "destination", "none"])
     )
     def time_passes(self, ms: float, who: str) -> None:
         """Either side may be too busy to notice."""
         self.now += ms
-        if who in ("both", "source"):
-            self.obey(self.source.tick(self.source_now))
-        if who in ("both", "destination"):
-            self.obey(self.destination.tick(self.now))
+        for clock in self.clocks:
+            clock.advance(ms * self.drift)
+        for source in self.sources if who in ("both", "sources") else ():
+            for rank, exchange in enumerate(source.ranks):
+                self.at_source(source, rank, exchange.tick(source.clock.now_ms()))
+        for rank in range(self.tp if who in ("both", "destination") else 0):
+            self.at_destination(rank, self.ranks[rank].tick(self.now))
 
-    # --- what must hold ---------------------------------------------------------------------------------------
+    # --- what must hold -----------------------------------------------------------------------------------------
 
     @invariant()
-    def an_order_that_is_over_never_brings_back_its_blocks(self) -> None:
-        for order in getattr(self, "orders", {}).values():
-            if order.outcome is not None:
-                in_flight = {p.local for read in self.reads for p in read.read.pairs if read.read.order == order.id}
-                assert in_flight <= order.quarantined
+    def a_delivery_that_is_over_never_brings_back_its_blocks(self) -> None:
+        for load in getattr(self, "loads", {}).values():
+            for rank in load.outcomes:
+                assert self.in_flight(rank, load) <= {block for r, block in load.quarantined if r == rank}
 
     @invariant()
     def a_source_helps_whoever_may_be_reading(self) -> None:
         """Over some wires a read ends only if its source takes part."""
-        if getattr(self, "reads", None):
-            assert self.source.being_read or self.source.lingering
+        for _, act in getattr(self, "reads", ()):
+            found = self.source_at(act.endpoint)
+            if found is not None:
+                exchange = found[0].ranks[found[1]]
+                assert exchange.being_read or exchange.lingering
 
     def teardown(self) -> None:
-        """Let everything run out: then every order has ended, nothing is pinned and nothing is in quarantine."""
-        if not hasattr(self, "orders"):
+        """Let everything run out: then every request has ended, nothing is pinned and nothing is in quarantine."""
+        if not hasattr(self, "loads"):
             return
+        for source, request in self.running():
+            self.end_request(source, request)
+        for part in self.parts():
+            if not part.arrived:
+                self.fail(part.order, "source unreachable")
         for _ in range(12):
             self.time_passes(LEASE_MS / 2, "both")
             while self.to_source:
-                self.obey(self.source.from_destination(CALLER, self.to_source.pop(0), self.source_now))
+                self.hear_at_source(*self.to_source.pop(0))
             while self.to_destination:
-                self.obey(self.destination.from_source(SOURCE, self.to_destination.pop(0), self.now))
-            for act in self.reads[:]:
-                self.reads.remove(act)
-                self.obey(self.destination.read_finished(act.read.order, act.read.seq, False, self.now))
-        for order in self.orders.values():
-            assert order.outcome is not None or (order.ready < order.blocks and not order.withdrawn)
-            assert not order.quarantined
-        for order in self.orders.values():
-            self.obey(self.destination.failed(order.id, "cancelled", self.now))
-        self.time_passes(2 * LEASE_MS, "both")
-        while self.to_source:
-            self.obey(self.source.from_destination(CALLER, self.to_source.pop(0), self.source_now))
-        assert all(order.outcome is not None for order in self.orders.values())
-        assert not self.pinned
-        assert not self.destination.busy
-        assert not self.source.busy
-        assert not self.source.lingering
+                self.hear_at_destination(*self.to_destination.pop(0))
+            while self.reads:
+                self.end_read(*self.reads.pop(0), ok=False)
+        for load in self.loads.values():
+            assert len(load.outcomes) == self.tp, "every request ends, at every rank"
+            assert not +load.quarantined
+        for source in self.sources:
+            assert not source.pins
+            assert not any(block.refs for block in source.pool), "no block is leaked"
+            assert not any(exchange.busy or exchange.lingering for exchange in source.ranks)
+        assert not any(exchange.busy for exchange in self.ranks)
 
 
-TestTwoEnds = TwoEnds.TestCase
-TestTwoEnds.settings = settings(max_examples=600, stateful_step_count=50, deadline=None)
+TestEnginesThatOrder = EnginesThatOrder.TestCase
+TestEnginesThatOrder.settings = settings(max_examples=400, stateful_step_count=50, deadline=None)

@@ -10,17 +10,19 @@ import pytest
 import zmq
 
 from vllm_llmd.clock import MonotonicClock
-from vllm_llmd.kv_connector.exchange import Caller, SourceEndpoint
-from vllm_llmd.kv_connector.layout import Region, pack_regions
-from vllm_llmd.kv_connector.lifecycle import CANCELLED, OrderSpec
-from vllm_llmd.kv_connector.peer_io import PeerIo
+from vllm_llmd.kv_connector.delivery import SourceEndpoint
+from vllm_llmd.kv_connector.exchange import Caller, Expect
+from vllm_llmd.kv_connector.layout import LayerView, Memory, TensorView, pack_regions
+from vllm_llmd.kv_connector.lifecycle import CANCELLED, OrderSpec, Wanted
+from vllm_llmd.kv_connector.peer_io import CacheAccess, PeerIo
 from vllm_llmd.kv_connector.peer_sockets import OWN_LINK, PeerSettings
 from vllm_llmd.kv_connector.report import WorkerReport
 from vllm_llmd.kv_connector.seal import Seal
-from vllm_llmd.kv_connector.steps import Fail, LoadOrder, PlannedRange, Ready, Withdraw
+from vllm_llmd.kv_connector.staging import HostStaging
+from vllm_llmd.kv_connector.steps import Fail, Load, PlannedRange, Reader, Ready, Withdraw
 from vllm_llmd.names import EngineId, Epoch, OrderId, RequestId
 from vllm_llmd.testing.transport import FakeTransport
-from vllm_llmd.wire import Announce, EngineInfo, Members, Refused, Renew, decode_peer, encode
+from vllm_llmd.wire import Announce, EngineInfo, Geometry, Members, Refused, Renew, Strip, decode_peer, encode
 
 BLOCKS, BLOCK_BYTES, LEASE_MS = 8, 64, 400
 
@@ -37,11 +39,12 @@ class Rank:
 
     def __post_init__(self) -> None:
         self.memory: npt.NDArray[np.uint8] = np.zeros((BLOCKS, BLOCK_BYTES), dtype=np.uint8)
-        regions = pack_regions([Region(self.memory.ctypes.data, BLOCK_BYTES, BLOCK_BYTES)], BLOCKS, 0, "DRAM")
+        tensor = TensorView(self.memory.ctypes.data, self.memory.shape, (BLOCK_BYTES, 1), 1)
+        regions = pack_regions([LayerView(0, 0, tensor, "opaque")], Memory(BLOCKS, "DRAM", 0))
         self.transport = FakeTransport(self.name)
         self.caller = Caller(EngineId(self.name), Epoch(self.epoch), 0)
-        settings = PeerSettings(self.caller, self.fingerprint, "127.0.0.1", Seal(self.secret))
-        self.io = PeerIo(settings, self.transport, regions, MonotonicClock())
+        settings = PeerSettings(self.caller, self.fingerprint, Geometry(), "127.0.0.1", Seal(self.secret))
+        self.io = PeerIo(settings, CacheAccess(self.transport, regions, HostStaging), MonotonicClock())
         self.io.start()
 
     def until(self, what: Callable[[WorkerReport], bool]) -> WorkerReport:
@@ -66,14 +69,19 @@ def ranks() -> Iterator[Callable[..., Rank]]:
         rank.io.close()
 
 
-def load(source: Rank, order: str = "o", blocks: tuple[int, ...] = (1, 2, 3), epoch: int = 1) -> LoadOrder:
-    spec = OrderSpec(OrderId(order), RequestId(f"r-{order}"), 0, blocks, LEASE_MS)
-    return LoadOrder(SourceEndpoint(source.io.endpoint), Epoch(epoch), spec)
+def load(source: Rank, order: str = "o", blocks: tuple[int, ...] = (1, 2, 3), epoch: int = 1) -> Load:
+    wanted = Wanted(0, 1, 32, 32, 0, 32 * len(blocks), 0, blocks)
+    spec = OrderSpec(OrderId(order), RequestId(f"r-{order}"), (wanted,), LEASE_MS)
+    return Load((Expect(SourceEndpoint(source.io.endpoint), Epoch(epoch), 0, spec),))
+
+
+def reader(rank: Rank) -> Reader:
+    return Reader(rank.caller.engine, rank.caller.epoch, 1)
 
 
 def ready(to: Rank, seq: int, first: int, blocks: list[int], last: bool, order: str = "o") -> Ready:
-    message = Announce(OrderId(order), seq, first, blocks, last)
-    return Ready((PlannedRange(to.caller, message, LEASE_MS),), lambda: True)
+    message = Announce(OrderId(order), seq, [Strip(0, first, blocks)], last)
+    return Ready((PlannedRange(reader(to), message, LEASE_MS),), lambda: True)
 
 
 def test_announced_ranges_are_read_and_unpinned(ranks: Callable[..., Rank]) -> None:
@@ -83,7 +91,7 @@ def test_announced_ranges_are_read_and_unpinned(ranks: Callable[..., Rank]) -> N
     source.io.submit([ready(destination, 0, 0, [5, 6], last=False)])
     source.io.submit([ready(destination, 1, 2, [7], last=True)])
     (outcome,) = destination.until(lambda seen: bool(seen.outcomes)).outcomes
-    assert (outcome.reason, outcome.missing, outcome.ranges) == (None, (), 2)
+    assert (outcome.reason, outcome.missing, len(outcome.arrivals)) == (None, (), 2)
     assert destination.memory[1:4, 0].tolist() == [5, 6, 7]
     assert destination.seen.bytes_read == 3 * BLOCK_BYTES
     assert source.until(lambda seen: len(seen.unpinned) == 2).unpinned == {("o", 0): 1, ("o", 1): 1}
@@ -117,7 +125,7 @@ def test_a_range_is_announced_only_after_its_step_has_passed(ranks: Callable[...
 def test_a_withdrawn_order_fails_with_its_reason(ranks: Callable[..., Rank]) -> None:
     source, destination = ranks("source"), ranks("destination")
     destination.io.submit([load(source)])
-    source.io.submit([Withdraw(destination.caller, OrderId("o"), "refused: too late")])
+    source.io.submit([Withdraw(reader(destination), OrderId("o"), "refused: too late")])
     (outcome,) = destination.until(lambda seen: bool(seen.outcomes)).outcomes
     assert (outcome.reason, outcome.missing) == ("refused: too late", (1, 2, 3))
 

@@ -11,12 +11,14 @@ from vllm_llmd.kv_connector.lifecycle import CANCELLED, Drained, Outcome
 from vllm_llmd.kv_connector.report import WorkerReport
 from vllm_llmd.names import Epoch, OrderId, RequestId
 from vllm_llmd.settings import EngineSettings
+from vllm_llmd.wire import Geometry, GroupShape
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what torch deprecates as vLLM imports it is not ours to mend
     pytest.importorskip("vllm")
     from vllm_llmd.kv_connector.scheduler_side import RankIntroduction, SchedulerSide
-    from vllm_llmd.kv_connector.vllm_compat import BlockPoolView, EngineFacts
+    from vllm_llmd.kv_connector.vllm_compat import BlockPoolView
+    from vllm_llmd.kv_connector.vllm_facts import EngineFacts, Layer
 
 
 class Pool:
@@ -25,6 +27,7 @@ class Pool:
     def __init__(self, events_on: bool = False) -> None:
         self.enable_kv_cache_events = events_on
         self.blocks = [SimpleNamespace(block_id=i, pins=0) for i in range(16)]
+        self.num_gpu_blocks = 16
         self.block_pool = self
         self.cached: list[int] = []
         self.events: list[Any] = []
@@ -62,7 +65,9 @@ def pool() -> Pool:
 
 @pytest.fixture
 def side(pool: Pool) -> Iterator[SchedulerSide]:
-    facts = EngineFacts("me", "decode", ("m",), 32, 16, 999, 1, "same")
+    geometry = Geometry(1, 2, "cells", [GroupShape(32, 1)])
+    layers = (Layer("layers.0", 0, "cells"),)
+    facts = EngineFacts("me", "decode", ("m",), 32, 16, 999, geometry, layers, 4096, 32, False, "same")
     side = SchedulerSide(facts, EngineSettings(), "http://me")
     side.bind(BlockPoolView(pool))
     side.introduce([RankIntroduction("tcp://127.0.0.1:9", Epoch(1))])
@@ -78,7 +83,7 @@ def request() -> Any:
 
 def outcome(reason: str | None, missing: tuple[int, ...] = (), quarantined: tuple[int, ...] = ()) -> WorkerReport:
     report = WorkerReport()
-    report.add(Outcome(OrderId("o"), RequestId("r"), reason, 4, missing, quarantined, 1, 0))
+    report.add(Outcome(OrderId("o"), RequestId("r"), reason, (0, 1, 2, 3), missing, quarantined, (), None))
     return report
 
 

@@ -10,8 +10,9 @@ import pytest
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what torch deprecates as vLLM imports it is not ours to mend
     events = pytest.importorskip("vllm.distributed.kv_events")
-    from vllm_llmd.kv_connector.vllm_compat import own_host, own_http, to_block_events
+    from vllm_llmd.kv_connector.vllm_compat import to_block_events
 
+from vllm_llmd.kv_connector.addresses import own_host, own_http
 from vllm_llmd.kv_connector.block_names import Cleared, Removed, Stored
 from vllm_llmd.settings import EngineSettings
 
@@ -53,7 +54,8 @@ def test_vllms_events_become_ours() -> None:
         lora_name=None,
     )  # fmt: skip
     removed = events.BlockRemoved(block_hashes=[1], medium="GPU")
-    assert to_block_events([stored, removed, events.AllBlocksCleared()]) == [
+    of_another_group = events.BlockRemoved(block_hashes=[1], medium="GPU", group_idx=1)
+    assert to_block_events([stored, of_another_group, removed, events.AllBlocksCleared()], group=0) == [
         Stored((1, 2), None, [5, 6], None),
         Removed((1,)),
         Cleared(),

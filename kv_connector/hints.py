@@ -1,0 +1,102 @@
+"""Pure: what a router says of a request, and which engine is to supply which part of its prompt."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vllm_llmd.names import EngineId
+from vllm_llmd.wire import EngineInfo
+
+HINT_KEY = "llmd"
+"""Where the hint stands in a request's `kv_transfer_params`."""
+
+
+@dataclass(frozen=True)
+class HintedSource:
+    """An engine that should supply the prompt's KV up to token `until` (exclusive), or to its end."""
+
+    engine: EngineId
+    until: int | None = None
+
+
+@dataclass(frozen=True)
+class Hint:
+    """What the router says of a request.
+
+    `sources` supply successive parts of the prompt; `request` is what the router calls it; the answer is worth waiting
+    for `deadline_ms` at most; `trace` is a W3C `traceparent`.
+    """
+
+    sources: tuple[HintedSource, ...] = ()
+    request: str | None = None
+    deadline_ms: int | None = None
+    trace: str | None = None
+
+
+def read_hint(kv_transfer_params: Any) -> Hint:
+    """The hint of a request. What has the wrong shape counts as unsaid."""
+    raw = kv_transfer_params.get(HINT_KEY) if isinstance(kv_transfer_params, Mapping) else None
+    if not isinstance(raw, Mapping):
+        return Hint()
+    sources = raw.get("sources")
+    if not isinstance(sources, Sequence) or isinstance(sources, str):
+        sources = [{"engine": raw.get("source")}]
+    name, deadline, trace = raw.get("request"), raw.get("deadline_ms"), raw.get("trace")
+    return Hint(
+        sources=tuple(source for source in map(_source, sources) if source is not None),
+        request=name if isinstance(name, str) else None,
+        deadline_ms=deadline if _is_count(deadline) else None,
+        trace=trace if isinstance(trace, str) else None,
+    )
+
+
+@dataclass(frozen=True)
+class Part:
+    """Prompt tokens `first_token` to `end_token` (exclusive), to come from `source`."""
+
+    source: EngineInfo
+    first_token: int
+    end_token: int
+
+    @property
+    def tokens(self) -> int:
+        return self.end_token - self.first_token
+
+
+@dataclass(frozen=True)
+class Need:
+    """Prompt tokens `first_token` to `end_token` lack their KV; a part must be of `min_tokens`, and end at a block."""
+
+    first_token: int
+    end_token: int
+    min_tokens: int
+    block_size: int
+
+
+def split(need: Need, sources: Sequence[tuple[EngineInfo, int | None]]) -> list[Part]:
+    """Deal the need out to sources, in order, each up to its own end. A part too small goes to whoever comes next.
+
+    Example: 1000 to 6000 from A until 4100 and then B, in blocks of 32: A supplies 1000 to 4096, B 4096 to 6000.
+    """
+    parts: list[Part] = []
+    first = need.first_token
+    for source, until in sources:
+        end = need.end_token
+        if until is not None and until < end:
+            unit = max(need.block_size, source.geometry.groups[0].block_size if source.geometry.groups else 1)
+            end = until // unit * unit
+        if end - first >= need.min_tokens:
+            parts.append(Part(source, first, end))
+            first = end
+    return parts
+
+
+def _source(raw: Any) -> HintedSource | None:
+    if not isinstance(raw, Mapping) or not isinstance(raw.get("engine"), str):
+        return None
+    until = raw.get("until")
+    return HintedSource(EngineId(raw["engine"]), until if _is_count(until) else None)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0

@@ -1,0 +1,44 @@
+"""Prefixes that are on their way to this engine, so that nobody orders them a second time. Engine thread."""
+
+from collections.abc import Callable, Hashable
+from typing import Any
+
+from vllm_llmd.names import RequestId
+
+
+class InFlight:
+    """Blocks by vLLM's own hash, which names a block within one engine, and the request each is coming for.
+
+    A request that has been scheduled keeps its entries until it ends: from then on they say nothing.
+    """
+
+    def __init__(self, hash_tokens: int, min_tokens: int, waits_for_kv: Callable[[Any], bool]) -> None:
+        """vLLM makes one hash for every `hash_tokens` tokens; fewer than `min_tokens` are not worth waiting for."""
+        self._hash_tokens = hash_tokens
+        self._min_hashes = max(-(-min_tokens // hash_tokens), 1)
+        self._waits_for_kv = waits_for_kv
+        self._coming: dict[Hashable, Any] = {}
+        self._by_request: dict[RequestId, list[Hashable]] = {}
+
+    def add(self, request: Any, first_token: int, end_token: int) -> None:
+        """Tokens `first_token` to `end_token` of the request's prompt are coming."""
+        hashes = request.block_hashes[first_token // self._hash_tokens : end_token // self._hash_tokens]
+        self._by_request[request.request_id] = list(hashes)
+        self._coming.update((block_hash, request) for block_hash in hashes)
+
+    def forget(self, request: RequestId) -> None:
+        """The request is over."""
+        for block_hash in self._by_request.pop(request, ()):
+            coming = self._coming.get(block_hash)
+            if coming is not None and coming.request_id == request:
+                del self._coming[block_hash]
+
+    def covers(self, request: Any, computed: int) -> bool:
+        """Whether enough of what the request lacks after its first `computed` tokens is coming for another."""
+        if not self._coming:
+            return False
+        last = computed // self._hash_tokens + self._min_hashes - 1
+        if last >= len(request.block_hashes):
+            return False
+        coming = self._coming.get(request.block_hashes[last])
+        return coming is not None and coming is not request and self._waits_for_kv(coming)
