@@ -5,6 +5,7 @@ an item; complex128 stands for 16 bytes.
 """
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 from llvmlite import ir  # type: ignore[import-untyped]
@@ -13,18 +14,26 @@ from numba.extending import intrinsic  # type: ignore[import-untyped]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+HERE = Path(__file__).parent
+
 VECTOR_BYTES = 16
 """What every 64-bit machine has: a tile's side is as many items as fit into one vector."""
+
+
+SOURCES = tuple((each.name, each.stat().st_mtime_ns, each.stat().st_size) for each in sorted(HERE.glob("*_cpu.py")))
+"""What compiled functions are made of."""
 
 
 def compiled(function: F) -> F:
     """`function` compiled by numba at its first call with new types; it runs without the GIL.
 
-    The machine code is kept beside the source or in the user's cache directory where either can be written.
+    The machine code is kept beside the source or in the user's cache directory, where either can be written.
     """
     try:
         kernel: F = njit(nogil=True, cache=True)(function)
-    except RuntimeError:  # numba found no directory to write to
+        # Numba looks for changes in the function's own file alone, and functions are compiled into one another.
+        kernel._cache._cache_file._source_stamp = SOURCES  # type: ignore[attr-defined]
+    except (RuntimeError, AttributeError):  # no directory to write to, or numba keeps its code in another way
         kernel = njit(nogil=True)(function)
     return kernel
 
