@@ -1,7 +1,7 @@
 """From samples to the table and to the last line. Pure.
 
-Headline figures are of the first model, but for those that are not about computing. Where a figure could be taken over either transport, or against either of two
-connectors, the one that is worse for ours is taken.
+Headline figures are of the first model, but for those that are not about computing. Where a figure could be taken
+over either transport, or against either of two connectors, the one that is worse for ours is taken.
 """
 
 import statistics
