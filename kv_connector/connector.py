@@ -238,8 +238,11 @@ class LlmdConnector(KVConnectorBase_V1, SupportsHMA):
 
     @classmethod
     def get_required_kvcache_layout(cls, vllm_config: Any) -> str | None:
-        """All layers of a block side by side: a block is then one run to read, whatever the number of layers."""
-        return "BLHNC"
+        """All layers of a block side by side: a block is then one run to read, whatever the number of layers.
+
+        MLA keeps vLLM's own choice: on CPU its kernel takes no other.
+        """
+        return None if vllm_config.model_config.use_mla else "BLHNC"
 
     @classmethod
     def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:

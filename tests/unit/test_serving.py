@@ -102,7 +102,16 @@ def bench(*groups: tuple[int, int], capacity: int = 1000, seal: Seal | None = No
     pool, clock, room = Pool(len(shapes)), FakeClock(), Room(capacity)
     pins = PinBook(pool)
     policy = OrderPolicy(
-        EngineId("me"), Epoch(1), "same", Geometry(tp, 4, "cells", shapes), (3, 12), BLOCK, 1, 1000, seal or Seal(None)
+        EngineId("me"),
+        Epoch(1),
+        "same",
+        Geometry(tp, 4, "cells", shapes),
+        (3, 12),
+        BLOCK,
+        True,
+        1,
+        1000,
+        seal or Seal(None),
     )
     return Bench(Serving(policy, pool, pins, room, clock), pool, pins, room, clock)
 
