@@ -15,9 +15,6 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 
-SOFTER_QUERIES = 0.1
-"""With queries as wide as the rest, attention picks one token of all, and rounding decides which."""
-
 COMMON = {
     "vocab_size": VOCABULARY,
     "hidden_size": 64,
@@ -72,10 +69,7 @@ def _deepseek(transformers: Any) -> Any:
         v_head_dim=32,
         first_k_dense_replace=4,
     )
-    model = transformers.DeepseekV2ForCausalLM(config)
-    for layer in model.model.layers:
-        layer.self_attn.q_proj.weight.data *= SOFTER_QUERIES
-    return model
+    return transformers.DeepseekV2ForCausalLM(config)
 
 
 def _tokenizer(transformers: Any) -> Any:
