@@ -17,7 +17,7 @@ LOCKS := requirements/cpu.txt requirements/dev.txt
 MADE := $(VENV)/.made
 LOCKED := $(VENV)/.locked
 READY := $(VENV)/.ready
-TINY := .models/tiny
+TINY := .models/tiny .models/tiny-gemma3 .models/tiny-deepseek
 SMOLLM2 := .models/smollm2
 MARKER := vllm_llmd_model.json
 LOGS := .logs/demo
@@ -35,7 +35,7 @@ demo: $(READY) $(SMOLLM2)/$(MARKER) ## two real engines, a router, one chat: end
 	@rm -rf $(LOGS)
 	@$(PY) -m vllm_llmd.demo --model $(SMOLLM2) --log-dir $(LOGS)
 
-test: $(READY) $(TINY)/$(MARKER) ## every test, real engines on a tiny model included
+test: $(READY) $(TINY:=/$(MARKER)) ## every test, real engines on a tiny model included
 	$(PYTEST) $(FAST) $(wildcard tests/engine tests/gpu)
 
 check: lint test-unit ## lint and the fast tests: no engine is started
@@ -52,7 +52,7 @@ format: $(READY) ## let ruff rewrite what it can
 test-unit: $(READY) ## logic, contracts and the router's process, without an engine
 	$(PYTEST) $(FAST)
 
-test-engine: $(READY) $(TINY)/$(MARKER) ## real vLLM engines on the tiny model
+test-engine: $(READY) $(TINY:=/$(MARKER)) ## real vLLM engines on the tiny model
 	$(PYTEST) $(wildcard tests/engine)
 
 test-gpu: $(READY) ## what needs a GPU; skips what it cannot run
@@ -60,7 +60,7 @@ test-gpu: $(READY) ## what needs a GPU; skips what it cannot run
 
 model: model-tiny model-smollm2 ## both model directories, in .models/
 
-model-tiny: $(TINY)/$(MARKER)
+model-tiny: $(TINY:=/$(MARKER))
 model-smollm2: $(SMOLLM2)/$(MARKER)
 
 install: $(READY) ## .venv with everything that demo and test need
@@ -80,8 +80,8 @@ $(READY): $(LOCKED) pyproject.toml setup.py
 	@$(PY) -m pip install --no-input --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 
-$(TINY)/$(MARKER): vllm_llmd/model.py | $(READY)
-	@$(PY) -m vllm_llmd.model $(TINY) --kind tiny
+$(TINY:=/$(MARKER)): .models/%/$(MARKER): vllm_llmd/model.py vllm_llmd/tiny_models.py | $(READY)
+	@$(PY) -m vllm_llmd.model .models/$* --kind $*
 	@touch $@
 
 $(SMOLLM2)/$(MARKER): vllm_llmd/model.py | $(READY)

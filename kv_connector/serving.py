@@ -22,7 +22,7 @@ from vllm_llmd.wire import MAJOR, Announce, Strip, Ticket
 
 logger = logging.getLogger(__name__)
 
-LAYER_RANGE_BYTES = 1 << 20
+LAYER_RANGE_BYTES = 1 << 18
 """Layers are announced together until they come to so much: less is not worth a message and a read of its own."""
 
 REMEMBERED_ORDERS = 65_536

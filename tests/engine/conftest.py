@@ -1,8 +1,10 @@
-"""One real fleet for all engine tests: a router, a destination, a source, and a slow source that may be killed.
+"""Real fleets for the engine tests, one alive at a time, each started once: tests are sorted by the fleet they use.
 
-Set LLMD_TEST_MODEL to serve another model than the tiny one.
+On a machine with GPUs the engines take those. LLMD_TEST_MODEL serves another model than the tiny one in the main
+fleet, LLMD_TEST_DTYPE sets another dtype than float32.
 """
 
+import gzip
 import http.client
 import json
 import os
@@ -12,7 +14,9 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +30,9 @@ from vllm_llmd.wire import EngineInfo, Load
 
 pytest.importorskip("vllm")
 
-MODEL = Path(os.environ.get("LLMD_TEST_MODEL", ".models/tiny"))
+MODELS = Path(".models")
+MODEL = Path(os.environ.get("LLMD_TEST_MODEL", MODELS / "tiny"))
+DTYPE = os.environ.get("LLMD_TEST_DTYPE", "float32")
 BLOCK = 32
 LEASE_MS = 2000
 DEADLINE_S = 60.0
@@ -62,11 +68,16 @@ class Client:
 
     def complete(self, prompt: list[int], source: str | None = None, **more: Any) -> list[int]:
         """Greedy token ids. With a `source`, this engine orders its prefill there."""
+        return self.answer(prompt, {} if source is None else {"source": source}, **more).tokens
+
+    def answer(self, prompt: list[int], hint: dict[str, Any], headers: Any = None, **more: Any) -> "Answer":
+        """As `complete`, with all that a hint may say."""
         body = {"model": "m", "prompt": prompt, "max_tokens": 16, "temperature": 0, "return_token_ids": True, **more}
-        if source is not None:
-            body["kv_transfer_params"] = {"llmd": {"source": source, "request": f"test-{random.random()}"}}
-        token_ids: list[int] = self.post("/v1/completions", body)["choices"][0]["token_ids"]
-        return token_ids
+        if hint:
+            body["kv_transfer_params"] = {"llmd": {"request": f"test-{random.random()}", **hint}}
+        response = self.post("/v1/completions", body, headers)
+        details = response["usage"].get("prompt_tokens_details") or {}
+        return Answer(response["choices"][0]["token_ids"], details.get("cached_tokens") or 0)
 
     def alone(self, prompt: list[int], **more: Any) -> list[int]:
         """Greedy token ids that this engine computes from nothing, with no help and no cached prefix."""
@@ -82,6 +93,14 @@ class Client:
 
 
 @dataclass(frozen=True)
+class Answer:
+    """Token ids, and how many of the prompt's tokens vLLM says were cached."""
+
+    tokens: list[int]
+    cached: int
+
+
+@dataclass(frozen=True)
 class Gained:
     """What counters of one engine have gained since `since`."""
 
@@ -92,16 +111,86 @@ class Gained:
         return self.client.counts().get(name, 0.0) - self.since.get(name, 0.0)
 
 
+# --- what stands beside the engines ---------------------------------------------------------------------------
+
+
+class Collector:
+    """An OpenTelemetry collector: keeps every span that is exported to it."""
+
+    def __init__(self) -> None:
+        self.spans: list[Any] = []
+        spans = self.spans
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                request = ExportTraceServiceRequest.FromString(
+                    gzip.decompress(body) if self.headers["Content-Encoding"] == "gzip" else body
+                )
+                spans.extend(s for r in request.resource_spans for scope in r.scope_spans for s in scope.spans)
+                self.send_response(200)
+                self.end_headers()
+
+            def log_message(self, format: str, *args: Any) -> None:
+                """Nothing."""
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.endpoint = f"http://127.0.0.1:{self._server.server_port}/v1/traces"
+
+    def __enter__(self) -> "Collector":
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+    def of_trace(self, trace_id: str) -> list[Any]:
+        return [span for span in list(self.spans) if span.trace_id.hex() == trace_id]
+
+
+def make_adapter(directory: Path, seed: int) -> Path:
+    """A random LoRA adapter of the tiny model, wide enough to change its answers."""
+    import torch
+    from safetensors.torch import save_file
+
+    directory.mkdir()
+    torch.manual_seed(seed)
+    weights = {}
+    for layer in range(4):
+        for name in ("k_proj", "v_proj"):
+            at = f"base_model.model.model.layers.{layer}.self_attn.{name}"
+            weights[f"{at}.lora_A.weight"], weights[f"{at}.lora_B.weight"] = torch.randn(8, 64), torch.randn(64, 8)
+    save_file(weights, directory / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 8, "lora_alpha": 8, "target_modules": ["k_proj", "v_proj"], "bias": "none"}
+    (directory / "adapter_config.json").write_text(json.dumps(config))
+    return directory
+
+
 class Lab:
-    """The fleet and what tests do with it."""
+    """A fleet and what tests do with it."""
 
     def __init__(self, fleet: Fleet) -> None:
         self.fleet = fleet
         self.random = random.Random(20)
         self.router = Client(fleet.router_http)
-        self.decode = Client(fleet.engine("decode-0").http)
-        self.prefill = Client(fleet.engine("prefill-0").http)
-        self.slow = Client(fleet.engine("slow-0").http)
+
+    def engine(self, engine_id: str) -> Client:
+        return Client(self.fleet.engine(engine_id).http)
+
+    @property
+    def decode(self) -> Client:
+        return self.engine("decode-0")
+
+    @property
+    def prefill(self) -> Client:
+        return self.engine("prefill-0")
+
+    @property
+    def slow(self) -> Client:
+        return self.engine("slow-0")
 
     def prompt(self, tokens: int) -> list[int]:
         """Random token ids that no test has sent before."""
@@ -137,8 +226,8 @@ class Lab:
 
     def start(self) -> None:
         """Note how many blocks an engine at rest has."""
+        self.until(lambda: all(e["load"]["free_blocks"] for e in self.engines().values()), "no heartbeat")
         self.all_blocks = {engine_id: engine["load"]["free_blocks"] for engine_id, engine in self.engines().items()}
-        assert all(count > 1000 for count in self.all_blocks.values())
 
     def members(self) -> dict[str, EngineInfo]:
         """What the router tells the engines of each other; asked by an engine that joins for a moment."""
@@ -188,38 +277,145 @@ class Background:
         return self._result
 
 
-def engine(engine_id: str, role: Any, chunk: int) -> EngineSpec:
+# --- the fleets -----------------------------------------------------------------------------------------------
+
+
+def engine(engine_id: str, *flags: str, role: Any = "both", **settings: Any) -> EngineSpec:
     return EngineSpec(
         id=engine_id,
         role=role,
-        flags=("--max-num-batched-tokens", str(chunk), "--max-num-seqs", "16"),
-        extra_config={"lease_ms": LEASE_MS, "min_order_tokens": 1},
+        flags=("--max-num-seqs", "16", "--max-num-batched-tokens", "256", *flags),
+        extra_config={"lease_ms": LEASE_MS, "min_order_tokens": 1, **settings},
     )
+
+
+def main_fleet(directory: Path, collector: Collector) -> dict[str, Any]:
+    """A destination, a source, and a slow source that may be killed; its adapter is another than theirs."""
+    ours, other = (make_adapter(directory / name, seed) for seed, name in enumerate(("ours", "other"), start=1))
+    lora = ("--enable-lora", "--max-lora-rank", "8", "--lora-modules")
+    return {
+        "model": MODEL,
+        "engines": (
+            engine("prefill-0", *lora, f"law={ours}", role="prefill"),
+            engine("decode-0", *lora, f"law={ours}", role="decode"),
+            engine("slow-0", *lora, f"law={other}", "--max-num-batched-tokens", "16", role="prefill"),
+        ),
+        "engine_flags": (
+            *("--max-model-len", "8192", "--scheduling-policy", "priority", "--enable-prompt-tokens-details"),
+            *("--otlp-traces-endpoint", collector.endpoint),
+        ),
+        "engine_env": {"OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf", "OTEL_BSP_SCHEDULE_DELAY": "200"},
+    }
+
+
+def cuts_fleet(directory: Path, collector: Collector) -> dict[str, Any]:
+    """Engines that cut the same cache up differently; two of them have little room."""
+    little = ("--num-gpu-blocks-override", "65")
+    return {
+        "model": MODELS / "tiny",
+        "engines": (
+            engine("one", *little),
+            engine("two", "--tensor-parallel-size", "2", "--block-size", "64"),
+            engine("pair", "--tensor-parallel-size", "2", *little),
+        ),
+    }
+
+
+def windows_fleet(directory: Path, collector: Collector) -> dict[str, Any]:
+    """Sliding windows beside full attention; one engine announces layer by layer."""
+    engines = engine("prefill-0", stream="layers", role="prefill"), engine("decode-0", role="decode")
+    return {"model": MODELS / "tiny-gemma3", "engines": engines}
+
+
+def latent_fleet(directory: Path, collector: Collector) -> dict[str, Any]:
+    """MLA, of which every tensor-parallel rank holds all.
+
+    vLLM's CPU kernel for rotary embedding gives other values to some tokens of a prompt than to the same tokens of a
+    longer one when they have many heads, so that not even one engine agrees with itself: torch's own is used.
+    """
+    return {
+        "model": MODELS / "tiny-deepseek",
+        "engines": (engine("prefill-0"), engine("decode-0", "--tensor-parallel-size", "2")),
+        "engine_flags": ("--compilation-config", '{"custom_ops":["-rotary_embedding"]}'),
+    }
+
+
+FLEETS = {"lab": main_fleet, "cuts": cuts_fleet, "windows": windows_fleet, "latent": latent_fleet}
+"""By the name of the fixture that gives it."""
+
+
+class Labs:
+    """Keeps one fleet alive at a time."""
+
+    def __init__(self, directory: Path, collector: Collector) -> None:
+        self._directory = directory
+        self._collector = collector
+        self._open = ExitStack()
+        self._name = ""
+        self._lab: Lab | None = None
+
+    def open(self, name: str) -> Lab:
+        if name != self._name or self._lab is None:
+            self.close()
+            facts = FLEETS[name](self._directory, self._collector)
+            if not (facts["model"] / "config.json").exists():
+                pytest.fail(f"{facts['model']} is missing: run `make model`")
+            flags = ("--served-model-name", "m", "--dtype", DTYPE, "--max-model-len", "4096")
+            facts["engine_flags"] = (*flags, *facts.get("engine_flags", ()))
+            spec = FleetSpec(log_dir=self._directory / name, **facts)
+            self._lab = Lab(self._open.enter_context(Fleet(spec)))
+            self._lab.start()
+            self._name = name
+        return self._lab
+
+    def close(self) -> None:
+        self._name, self._lab = "", None
+        self._open.close()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """All tests of one fleet in a row."""
+    names = list(FLEETS)
+    items.sort(key=lambda item: next((i for i, n in enumerate(names, 1) if n in getattr(item, "fixturenames", ())), 0))
 
 
 @pytest.fixture(scope="session")
-def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
-    if not (MODEL / "config.json").exists():
-        pytest.fail(f"{MODEL} is missing: run `make model`")
-    spec = FleetSpec(
-        model=MODEL,
-        engines=(
-            engine("prefill-0", "prefill", 256),
-            engine("decode-0", "decode", 256),
-            engine("slow-0", "prefill", 16),
-        ),
-        log_dir=tmp_path_factory.mktemp("fleet"),
-        engine_flags=("--served-model-name", "m", "--dtype", "float32", "--max-model-len", "8192"),
-    )
-    with Fleet(spec) as fleet:
-        lab = Lab(fleet)
-        lab.until(lambda: all(e["load"]["free_blocks"] for e in lab.engines().values()), "no heartbeat")
-        lab.start()
-        yield lab
+def collector() -> Iterator[Collector]:
+    with Collector() as collector:
+        yield collector
+
+
+@pytest.fixture(scope="session")
+def labs(tmp_path_factory: pytest.TempPathFactory, collector: Collector) -> Iterator[Labs]:
+    labs = Labs(tmp_path_factory.mktemp("fleets"), collector)
+    yield labs
+    labs.close()
+
+
+@pytest.fixture
+def lab(labs: Labs) -> Lab:
+    return labs.open("lab")
+
+
+@pytest.fixture
+def cuts(labs: Labs) -> Lab:
+    return labs.open("cuts")
+
+
+@pytest.fixture
+def windows(labs: Labs) -> Lab:
+    return labs.open("windows")
+
+
+@pytest.fixture
+def latent(labs: Labs) -> Lab:
+    return labs.open("latent")
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_left_behind(lab: Lab) -> Iterator[None]:
+def nothing_is_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
     """After every test, every engine's blocks are free again, on both sides."""
+    used = [request.getfixturevalue(name) for name in FLEETS if name in request.fixturenames]
     yield
-    lab.until(lab.at_rest, f"blocks or requests are left: {lab.engines()}")
+    for lab in used:
+        lab.until(lab.at_rest, f"blocks or requests are left: {lab.engines()}")

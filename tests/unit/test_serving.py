@@ -216,7 +216,7 @@ def test_the_last_range_may_be_announced_layer_by_layer() -> None:
 def test_layers_are_announced_together_until_they_are_worth_a_message(
     blocks: int, slices: list[tuple[int, int]]
 ) -> None:
-    assert Streaming(True, 4, 1 << 18).slices(blocks) == slices
+    assert Streaming(True, 4, 1 << 16).slices(blocks) == slices
 
 
 # --- pins ---------------------------------------------------------------------------------------------------------
