@@ -174,12 +174,14 @@ class LlmdConnector(KVConnectorBase_V1, SupportsHMA):
         layers = vllm_compat.layer_views(kv_caches, facts.layers, facts.num_blocks)
         caches = [kv_caches[layer.name] for layer in facts.layers]
         kind, device_id = vllm_compat.device_of(caches[0])
+        new_staging, prepare_staging = vllm_compat.staging_for(caches)
         cache = CacheMemory(
             layers=tuple(layers),
             spans=tuple(vllm_compat.storage_spans(caches)),
             memory=Memory(facts.num_blocks, kind, device_id),
             mark_step=vllm_compat.step_marker(kind),
-            new_staging=vllm_compat.staging_for(caches),
+            new_staging=new_staging,
+            prepare_staging=prepare_staging,
         )
         rank = RankFacts(
             engine=EngineId(facts.id),

@@ -21,7 +21,7 @@ class DeviceStaging:
 
     @property
     def address(self) -> int:
-        return self._memory.data_ptr()
+        return int(self._memory.data_ptr())
 
     def place(self, slot: int, placements: Sequence[Placement]) -> Callable[[], bool]:
         from vllm_llmd.kernels.block_copy_triton import copy_blocks
@@ -33,7 +33,7 @@ class DeviceStaging:
                 cache = self._cache_at(int(placement.addresses[0]))
                 addresses = torch.from_numpy(placement.addresses.astype("int64"))
                 offsets, places = torch.from_numpy(placement.offsets), addresses - cache.data_ptr()
-                copy_blocks(source, offsets.to(source.device), cache, places.to(source.device), placement.grid)
+                copy_blocks(source, offsets, cache, places, placement.grid)
             done.record()
         return lambda: bool(done.query())
 

@@ -56,11 +56,15 @@ Command = Load | Ready | Withdraw | Fail | Finish
 
 @dataclass(frozen=True)
 class CacheAccess:
-    """How this rank's cache is read and written: the transport it is registered with, where it lies, and staging."""
+    """How this rank's cache is read and written: the transport it is registered with, where it lies, and staging.
+
+    `prepare_staging` does what would delay the first use of the staging area; it may take seconds.
+    """
 
     transport: Transport
     regions: Regions
     new_staging: Callable[[], Staging]
+    prepare_staging: Callable[[], None]
 
 
 class PeerIo:
@@ -94,6 +98,8 @@ class PeerIo:
         self._reads = Reads(cache.transport, cache.regions, cache.new_staging)
         self._bridges: dict[tuple[SourceEndpoint, HeadSlice | None], Bridge] = {}
         self._warming: dict[ReadId, PeerName] = {}
+        self._prepare_staging = cache.prepare_staging
+        self._preparing = False
         self._leaving: set[SourceEndpoint] = set()
         self._retired: set[PeerName] = set()
         self._help_until_ms = 0.0
@@ -239,7 +245,10 @@ class PeerIo:
                     self._do(self._exchange.greeted(caller))
                 case Heard(caller, message):
                     self._do(self._exchange.from_destination(caller, message, self._now()))
-                case FleetChanged(endpoints):
+                case FleetChanged(endpoints, reorders):
+                    if reorders and not self._preparing:
+                        self._preparing = True
+                        threading.Thread(target=self._prepare_staging, name="llmd-prepare", daemon=True).start()
                     for endpoint in endpoints:
                         self._sources.reach(endpoint)
                     self._leaving = set(self._sources.endpoints - endpoints)

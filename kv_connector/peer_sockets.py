@@ -76,9 +76,13 @@ class Heard:
 
 @dataclass(frozen=True)
 class FleetChanged:
-    """The ranks that we may read from: those that hold heads of ours, in every other engine that we understand."""
+    """The ranks that we may read from: those that hold heads of ours, in every other engine that we understand.
+
+    `reorders`: blocks of one of them are cut to another size, and may have to be reordered on the way.
+    """
 
     endpoints: frozenset[SourceEndpoint]
+    reorders: bool = False
 
 
 class Callers:
@@ -131,8 +135,12 @@ class Callers:
         message = decode_link(frame)
         if not isinstance(message, Members):
             return None
-        endpoints = [endpoint for engine in message.engines for endpoint in self._of_interest(engine)]
-        return FleetChanged(frozenset(endpoints))
+        endpoints = {engine.id: self._of_interest(engine) for engine in message.engines}
+        mine = self._settings.geometry.groups
+        return FleetChanged(
+            endpoints=frozenset(endpoint for each in endpoints.values() for endpoint in each),
+            reorders=any(endpoints[engine.id] and engine.geometry.groups != mine for engine in message.engines),
+        )
 
     def _of_interest(self, engine: EngineInfo) -> list[SourceEndpoint]:
         mine, theirs = self._settings.geometry, engine.geometry

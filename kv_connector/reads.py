@@ -80,10 +80,11 @@ class Reads:
         self._into_slots: dict[ReadId, int] = {}
         self._slots: dict[int, _Slot] = {}
         self._waiting: deque[_Range] = deque()
+        self._unstarted: list[_Range] = []
 
     @property
     def active(self) -> bool:
-        return bool(self._direct or self._slots or self._waiting)
+        return bool(self._direct or self._slots or self._waiting or self._unstarted)
 
     @property
     def peers(self) -> set[PeerName]:
@@ -97,9 +98,7 @@ class Reads:
             raise TransferError(f"order {act.read.order}: this rank has nothing that range {act.read.seq} could go to")
         entry = _Range(act, peer, memory, work.bytes, now_ms, now_ms, deque(batches(work.staged)))
         if entry.batches and self._staging is None:
-            self._staging = self._new_staging()
-            span = (self._staging.address, SLOTS * SLOT_BYTES)
-            self._transport.register(self._regions, [span])
+            self._staging = self._make_staging()
         if len(work.local):
             read = self._transport.start_read(ReadPlan(peer, work.local, work.remote, self._regions.memory, memory))
             self._direct[read] = entry
@@ -107,6 +106,14 @@ class Reads:
         if entry.batches:
             self._waiting.append(entry)
             self._fill_slots()
+
+    def _make_staging(self) -> Staging:
+        try:
+            staging = self._new_staging()
+        except (MemoryError, RuntimeError) as error:  # torch's own error of a full device is a RuntimeError
+            raise TransferError(f"no memory for a staging area of {SLOTS * SLOT_BYTES} bytes: {error}") from error
+        self._transport.register(self._regions, [(staging.address, SLOTS * SLOT_BYTES)])
+        return staging
 
     def poll(self, now_ms: float) -> list[Ended]:
         """The ranges whose reads have ended by now."""
@@ -123,7 +130,9 @@ class Reads:
                 del self._into_slots[read]
                 self._read_into(slot, state, now_ms)
         touched += self._free_slots()
-        touched += self._fill_slots()
+        self._fill_slots()
+        touched += self._unstarted
+        self._unstarted = []
         return [_ended(entry) for entry in dict.fromkeys(touched) if entry.over]
 
     def _note(self, entry: _Range, state: ReadState, now_ms: float) -> None:
@@ -152,9 +161,8 @@ class Reads:
                 freed.append(slot.range)
         return freed
 
-    def _fill_slots(self) -> list[_Range]:
-        """Start reads into the slots that are free; returns ranges that have failed at it."""
-        failed = []
+    def _fill_slots(self) -> None:
+        """Start reads into the slots that are free."""
         while len(self._slots) < SLOTS and (entry := self._next_in_line()) is not None:
             number = next(n for n in range(SLOTS) if n not in self._slots)
             batch = entry.batches.popleft()
@@ -163,12 +171,11 @@ class Reads:
             except TransferError:
                 entry.failed = True
                 entry.batches.clear()
-                failed.append(entry)
+                self._unstarted.append(entry)
                 continue
             self._slots[number] = _Slot(entry, batch)
             self._into_slots[read] = number
             entry.running += 1
-        return failed
 
     def _next_in_line(self) -> _Range | None:
         """A range with batches left, of a peer that has not its share of the slots; it goes to the end of the line."""

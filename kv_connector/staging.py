@@ -3,13 +3,13 @@
 Slots of registered memory, and the copy from a slot into the cache. Decides nothing about orders or slots.
 """
 
-import ctypes
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
+
 from vllm_llmd.kernels.block_copy import Grid
 
 SLOTS = 4
@@ -41,9 +41,6 @@ class HostStaging:
     """Of host memory; a copy is done when `place` returns, and does not hold the GIL."""
 
     def __init__(self) -> None:
-        from vllm_llmd.kernels.block_copy_cpu import compile_ahead
-
-        compile_ahead()
         self._memory = np.zeros(SLOTS * SLOT_BYTES + ALIGNMENT, dtype=np.uint8)
         self._skip = -int(self._memory.ctypes.data) % ALIGNMENT
 
@@ -52,24 +49,16 @@ class HostStaging:
         return int(self._memory.ctypes.data) + self._skip
 
     def place(self, slot: int, placements: Sequence[Placement]) -> Callable[[], bool]:
-        from vllm_llmd.kernels.block_copy_cpu import copy_blocks
+        from vllm_llmd.kernels.block_copy_cpu import copy_at
 
-        begin = self._skip + slot * SLOT_BYTES
-        source = self._memory[begin : begin + SLOT_BYTES]
+        begin = self.address + slot * SLOT_BYTES
         for placement in placements:
-            first = int(placement.addresses.min())
-            offsets = (placement.addresses - np.uint64(first)).astype(np.int64)
-            destination = _memory_at(first, int(offsets.max()) + extent(placement.grid))
-            copy_blocks(source, placement.offsets, destination, offsets, placement.grid)
+            copy_at(begin + placement.offsets, placement.addresses.astype(np.int64), placement.grid)
         return lambda: True
 
 
-def extent(grid: Grid) -> int:
-    """Bytes from the first to the last byte that one copy writes."""
-    to = grid.destination
-    last = (grid.heads - 1) * to.head + (grid.tokens - 1) * to.token + (grid.channels - 1) * to.channel
-    return last + grid.item_bytes
+def prepare_host_staging() -> None:
+    """Compile what copies from a slot, which takes seconds the first time on a machine."""
+    from vllm_llmd.kernels.block_copy_cpu import compile_ahead
 
-
-def _memory_at(address: int, size: int) -> npt.NDArray[np.uint8]:
-    return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
+    compile_ahead()

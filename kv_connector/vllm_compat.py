@@ -11,7 +11,7 @@ from vllm.v1.request import RequestStatus
 
 from vllm_llmd.kv_connector.block_names import BlockEvent, Cleared, Removed, Stored
 from vllm_llmd.kv_connector.layout import LayerView, TensorView
-from vllm_llmd.kv_connector.staging import HostStaging, Staging
+from vllm_llmd.kv_connector.staging import HostStaging, Staging, prepare_host_staging
 from vllm_llmd.kv_connector.vllm_facts import Layer
 
 logger = logging.getLogger(__name__)
@@ -179,17 +179,17 @@ def step_marker(memory: str) -> Callable[[], Callable[[], bool]]:
     return mark
 
 
-def staging_for(caches: Sequence[torch.Tensor]) -> Callable[[], Staging]:
-    """What makes the staging area beside these caches."""
+def staging_for(caches: Sequence[torch.Tensor]) -> tuple[Callable[[], Staging], Callable[[], None]]:
+    """What makes the staging area beside these caches, and what prepares its first use."""
     if device_of(caches[0])[0] == "DRAM":
-        return HostStaging
+        return HostStaging, prepare_host_staging
 
     def on_device() -> Staging:
         from vllm_llmd.kv_connector.device_staging import DeviceStaging
 
         return DeviceStaging(caches)
 
-    return on_device
+    return on_device, lambda: None
 
 
 def tensor_rank() -> int:

@@ -48,6 +48,7 @@ class CacheMemory:
     memory: Memory
     mark_step: Callable[[], Callable[[], bool]]
     new_staging: Callable[[], Staging]
+    prepare_staging: Callable[[], None]
 
 
 @dataclass
@@ -80,7 +81,8 @@ class WorkerSide:
         self._rank = facts.rank
         self._geometry = facts.geometry
         self._mark_step = cache.mark_step
-        self._io = PeerIo(settings, CacheAccess(transport, regions, cache.new_staging), MonotonicClock())
+        access = CacheAccess(transport, regions, cache.new_staging, cache.prepare_staging)
+        self._io = PeerIo(settings, access, MonotonicClock())
         self._io.start()
         self._ranges: list[PlannedRange] = []
         self._wait_ms = 0.0

@@ -310,7 +310,7 @@ def main_fleet(directory: Path, collector: Collector) -> dict[str, Any]:
 
 def cuts_fleet(directory: Path, collector: Collector) -> dict[str, Any]:
     """Engines that cut the same cache up differently; two of them have little room."""
-    little = ("--num-gpu-blocks-override", "65")
+    little = ("--max-model-len", "2048", "--num-gpu-blocks-override", "65")
     return {
         "model": MODELS / "tiny",
         "engines": (

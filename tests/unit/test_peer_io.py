@@ -44,7 +44,7 @@ class Rank:
         self.transport = FakeTransport(self.name)
         self.caller = Caller(EngineId(self.name), Epoch(self.epoch), 0)
         settings = PeerSettings(self.caller, self.fingerprint, Geometry(), "127.0.0.1", Seal(self.secret))
-        self.io = PeerIo(settings, CacheAccess(self.transport, regions, HostStaging), MonotonicClock())
+        self.io = PeerIo(settings, CacheAccess(self.transport, regions, HostStaging, lambda: None), MonotonicClock())
         self.io.start()
 
     def until(self, what: Callable[[WorkerReport], bool]) -> WorkerReport:
