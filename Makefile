@@ -23,20 +23,24 @@ MARKER := vllm_llmd_model.json
 LOGS := .logs/demo
 PYTEST := $(PY) -m pytest
 FAST := $(wildcard tests/unit tests/contract tests/process)
+# Triton kernels on CPU tensors; the variable counts when triton is imported, hence a process of its own.
+INTERPRETED := TRITON_INTERPRET=1 $(PYTEST) tests/gpu/test_block_copy_gpu.py
 
 # Without this, running from here puts the checkout on sys.path, and transformers takes our kernels/ for its own.
 export PYTHONSAFEPATH := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test check lint format test-unit test-engine test-gpu model model-tiny model-smollm2 install lock dist \
+.PHONY: demo test check lint format test-unit test-engine test-gpu bench-pd bench-copy model model-tiny model-smollm2 install lock dist \
 	clean distclean help
 
 demo: $(READY) $(SMOLLM2)/$(MARKER) ## two real engines, a router, one chat: ends with one line of JSON
 	@rm -rf $(LOGS)
 	@$(PY) -m vllm_llmd.demo --model $(SMOLLM2) --log-dir $(LOGS)
 
-test: $(READY) $(TINY:=/$(MARKER)) ## every test, real engines on a tiny model included
-	$(PYTEST) $(FAST) $(wildcard tests/engine tests/gpu)
+test: $(READY) $(TINY:=/$(MARKER)) ## every test, real engines on tiny models included
+	$(PYTEST) $(FAST)
+	$(INTERPRETED)
+	$(PYTEST) $(wildcard tests/engine tests/gpu)
 
 check: lint test-unit ## lint and the fast tests: no engine is started
 
@@ -51,12 +55,19 @@ format: $(READY) ## let ruff rewrite what it can
 
 test-unit: $(READY) ## logic, contracts and the router's process, without an engine
 	$(PYTEST) $(FAST)
+	$(INTERPRETED)
 
 test-engine: $(READY) $(TINY:=/$(MARKER)) ## real vLLM engines on the tiny model
 	$(PYTEST) $(wildcard tests/engine)
 
 test-gpu: $(READY) ## what needs a GPU; skips what it cannot run
-	$(if $(wildcard tests/gpu/test_*.py),$(PYTEST) tests/gpu,@echo "there are no GPU tests yet")
+	$(PYTEST) tests/gpu
+
+bench-pd: $(READY) $(TINY:=/$(MARKER)) $(SMOLLM2)/$(MARKER) ## prefill/decode benchmark; ARGS=--quick, ARGS=--resume
+	@PYTHONPATH=$(CURDIR)/bench $(PY) -m pd $(ARGS)
+
+bench-copy: $(READY) ## speed of the copy kernels, in that of a plain copy
+	@$(PY) bench/block_copy.py
 
 model: model-tiny model-smollm2 ## both model directories, in .models/
 
@@ -104,7 +115,7 @@ dist: $(READY) ## sdist and wheel, in dist/
 
 clean: ## remove what builds and test runs leave behind; keeps .venv and .models
 	rm -rf build dist .logs *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage*
-	find vllm_llmd router kv_connector kernels tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find vllm_llmd router kv_connector kernels tests bench -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean ## remove .venv and .models too
 	rm -rf $(VENV) .models

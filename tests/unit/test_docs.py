@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from vllm_llmd import wire
-from vllm_llmd.kv_connector.metrics import COUNTERS, FALLBACKS
+from vllm_llmd.kv_connector.metrics import COUNTERS, FALLBACKS, METRICS, REFUSED, MetricSpec
 from vllm_llmd.settings import EngineSettings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,9 +41,10 @@ def test_every_setting_of_an_engine_is_described(field: msgspec.structs.FieldInf
         assert default == str(field.default)
 
 
-@pytest.mark.parametrize("counter", [*COUNTERS, FALLBACKS], ids=lambda counter: counter.name)
-def test_every_metric_of_an_engine_is_described(counter: object) -> None:
-    row(README, f"{counter.name}_total")  # type: ignore[attr-defined]
+@pytest.mark.parametrize("metric", METRICS, ids=lambda metric: metric.name)
+def test_every_metric_of_an_engine_is_described(metric: MetricSpec) -> None:
+    counter = metric in (*COUNTERS, FALLBACKS, REFUSED)
+    row(README, f"{metric.name}_total" if counter else metric.name)
 
 
 @pytest.mark.parametrize(
@@ -55,7 +56,13 @@ def test_every_message_between_workers_is_described_with_its_fields_in_order(mes
     assert tuple(code(row(ROOT / "docs/protocol.md", message.__name__)[1])) == message.__struct_fields__
 
 
-@pytest.mark.parametrize("record", [wire.EngineInfo, wire.Load, wire.Regions, wire.Ticket], ids=lambda r: r.__name__)
+RECORDS = (
+    wire.EngineInfo, wire.Geometry, wire.GroupShape, wire.Load, wire.Strip, wire.Regions, wire.Interior, wire.Component,
+    wire.Ticket,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("record", RECORDS, ids=lambda r: r.__name__)
 def test_every_field_of_a_value_on_the_wire_is_described(record: type[msgspec.Struct]) -> None:
     text = (ROOT / "docs/protocol.md").read_text()
     assert [field for field in record.__struct_fields__ if f"`{field}" not in text] == []
