@@ -30,8 +30,8 @@ INTERPRETED := TRITON_INTERPRET=1 $(PYTEST) tests/gpu/test_block_copy_gpu.py
 export PYTHONSAFEPATH := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test check lint format test-unit test-engine test-gpu bench-pd bench-copy model model-tiny model-smollm2 install lock dist \
-	clean distclean help
+.PHONY: demo test check lint format test-unit test-engine test-gpu bench-pd bench-step bench-copy \
+	model model-tiny model-smollm2 install lock dist clean distclean help
 
 demo: $(READY) $(SMOLLM2)/$(MARKER) ## two real engines, a router, one chat: ends with one line of JSON
 	@rm -rf $(LOGS)
@@ -65,6 +65,9 @@ test-gpu: $(READY) ## what needs a GPU; skips what it cannot run
 
 bench-pd: $(READY) $(TINY:=/$(MARKER)) $(SMOLLM2)/$(MARKER) ## prefill/decode benchmark; ARGS=--quick, ARGS=--resume
 	@PYTHONPATH=$(CURDIR)/bench $(PY) -m pd $(ARGS)
+
+bench-step: $(READY) ## what the connector costs an engine per step with nothing in flight
+	@$(PY) bench/step_cost.py
 
 bench-copy: $(READY) ## speed of the copy kernels, in that of a plain copy
 	@$(PY) bench/block_copy.py

@@ -57,6 +57,7 @@ class SchedulerSide:
         self._namer = BlockNamer(facts.block_size)
         self._load = LoadCounter()
         self._requests: dict[RequestId, Any] = {}
+        self._prefilling: dict[RequestId, Any] = {}
         self._unseen: dict[RequestId, str] = {}
         self._outcomes: dict[RequestId, list[Outcome]] = {}
         self._handed_on: list[Any] = []
@@ -115,7 +116,7 @@ class SchedulerSide:
     # --- requests ---------------------------------------------------------------------------------------------
 
     def new_request(self, request: Any) -> None:
-        self._requests[request.request_id] = request
+        self._requests[request.request_id] = self._prefilling[request.request_id] = request
         self._load.arrived(request.request_id, request.num_prompt_tokens)
         name = read_hint(request.kv_transfer_params).request
         if name is not None:
@@ -134,6 +135,7 @@ class SchedulerSide:
     def request_finished(self, request: Any) -> dict[str, Any] | None:
         """Returns `kv_transfer_params` for the response, or None."""
         self._requests.pop(request.request_id, None)
+        self._prefilling.pop(request.request_id, None)
         self._unseen.pop(request.request_id, None)
         self._load.ended(request.request_id)
         self._placing.finished(request)
@@ -141,7 +143,7 @@ class SchedulerSide:
 
     # --- steps ------------------------------------------------------------------------------------------------
 
-    def plan_step(self, scheduled: Mapping[str, int]) -> StepPlan:
+    def plan_step(self, scheduled: Mapping[RequestId, int]) -> StepPlan:
         """News for the workers, for the step that computes `scheduled` tokens per request."""
         now_ms = self._clock.now_ms()
         self._load.step_began(now_ms, bool(scheduled))
@@ -153,8 +155,8 @@ class SchedulerSide:
             self._give_way_if_starved(now_ms)
         self._placing.fill(plan)
         self._serving.fill(plan, scheduled)
-        for request_id, tokens in scheduled.items():
-            self._note_progress(request_id, tokens)
+        for request_id in self._prefilling.keys() & scheduled.keys():
+            self._note_progress(self._prefilling[request_id], scheduled[request_id])
         if not scheduled and (self._placing or self._pins or self._quarantine):
             plan.wait_ms = IDLE_WAIT_MS
         self._update_load()
@@ -215,12 +217,11 @@ class SchedulerSide:
         events, self._handed_on = self._handed_on, []
         return events
 
-    def _note_progress(self, request_id: str, tokens: int) -> None:
-        request = self._requests.get(RequestId(request_id))
-        if request is None:
-            return
+    def _note_progress(self, request: Any, tokens: int) -> None:
         left = request.num_prompt_tokens - request.num_computed_tokens - tokens
         self._load.scheduled(request.request_id, left)
+        if left <= 0:
+            del self._prefilling[request.request_id]
         if left <= 0 and request.request_id in self._unseen:
             name = self._unseen.pop(request.request_id)
             self._link.seen(name, request.num_prompt_tokens, self._names_of(request))
