@@ -154,7 +154,7 @@ class Serving:
         )
         self.count += 1
 
-    def fill(self, plan: StepPlan, scheduled: Mapping[str, int]) -> None:
+    def fill(self, plan: StepPlan, scheduled: Mapping[RequestId, int]) -> None:
         """Pin and announce what the step at hand, which computes `scheduled` tokens per request, makes ready."""
         for request_id, serving in self._orders.items():
             if request_id in scheduled and not serving.complete:
