@@ -4,7 +4,6 @@ On a machine with GPUs the engines take those. LLMD_TEST_MODEL serves another mo
 fleet, LLMD_TEST_DTYPE sets another dtype than float32.
 """
 
-import gzip
 import http.client
 import json
 import os
@@ -16,7 +15,6 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +24,7 @@ from vllm_llmd.fleet import Fleet
 from vllm_llmd.kv_connector.link import EngineLink, LinkSettings
 from vllm_llmd.launch_spec import EngineSpec, FleetSpec
 from vllm_llmd.names import EngineId, Epoch
+from vllm_llmd.testing.collector import Collector
 from vllm_llmd.wire import EngineInfo, Load
 
 pytest.importorskip("vllm")
@@ -112,43 +111,6 @@ class Gained:
 
 
 # --- what stands beside the engines ---------------------------------------------------------------------------
-
-
-class Collector:
-    """An OpenTelemetry collector: keeps every span that is exported to it."""
-
-    def __init__(self) -> None:
-        self.spans: list[Any] = []
-        spans = self.spans
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
-
-                body = self.rfile.read(int(self.headers["Content-Length"]))
-                request = ExportTraceServiceRequest.FromString(
-                    gzip.decompress(body) if self.headers["Content-Encoding"] == "gzip" else body
-                )
-                spans.extend(s for r in request.resource_spans for scope in r.scope_spans for s in scope.spans)
-                self.send_response(200)
-                self.end_headers()
-
-            def log_message(self, format: str, *args: Any) -> None:
-                """Nothing."""
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.endpoint = f"http://127.0.0.1:{self._server.server_port}/v1/traces"
-
-    def __enter__(self) -> "Collector":
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-
-    def of_trace(self, trace_id: str) -> list[Any]:
-        return [span for span in list(self.spans) if span.trace_id.hex() == trace_id]
 
 
 def make_adapter(directory: Path, seed: int) -> Path:

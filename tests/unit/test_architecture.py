@@ -71,7 +71,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     ),
     "vllm": ("kv_connector/connector.py", "kv_connector/vllm_", "vllm_llmd/plugin.py"),
     "torch": ("kv_connector/vllm_", "kv_connector/device_staging.py", "vllm_llmd/model.py", "kernels/"),
-    "opentelemetry": ("kv_connector/spans.py",),
+    "opentelemetry": ("kv_connector/spans.py", "vllm_llmd/testing/collector.py"),
     "transformers": ("vllm_llmd/model.py",),
     "triton": ("kernels/",),
     "numba": ("kernels/",),

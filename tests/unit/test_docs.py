@@ -119,6 +119,12 @@ def test_every_function_that_is_named_exists(document: Path) -> None:
         assert not name or name in defined(ROOT / path), f"{path}:{name}"
 
 
+def test_every_file_of_the_connector_is_on_the_map() -> None:
+    on_the_map = {path for path, _ in MENTION.findall((ROOT / "docs/structure.md").read_text())}
+    files = {f"kv_connector/{path.name}" for path in (ROOT / "kv_connector").glob("*.py")}
+    assert files - {"kv_connector/__init__.py"} - on_the_map == set()
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.name)
 def test_every_make_target_that_is_named_exists(document: Path) -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.M))
