@@ -14,6 +14,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 VENV := .venv
 PY := $(VENV)/bin/python
 LOCKS := requirements/cpu.txt requirements/dev.txt
+VERSIONS := 0.29 0.30 0.31
 MADE := $(VENV)/.made
 LOCKED := $(VENV)/.locked
 READY := $(VENV)/.ready
@@ -60,6 +61,13 @@ test-unit: $(READY) ## logic, contracts and the router's process, without an eng
 test-engine: $(READY) $(TINY:=/$(MARKER)) ## real vLLM engines on the tiny model
 	$(PYTEST) $(wildcard tests/engine)
 
+# The rules below, with another environment and its lock file.
+test-matrix: ## the engine tests on older releases of vLLM; VERSIONS=0.31 takes one alone
+	@results=(); for version in $(VERSIONS); do \
+		if $(MAKE) --no-print-directory VENV=$(VENV)-$$version LOCKS=requirements/cpu-$$version.txt test-engine; \
+		then results+=("vLLM $$version: passed"); else results+=("vLLM $$version: FAILED"); fi; done; \
+	printf '%s\n' "$${results[@]}"; [[ "$${results[*]}" != *FAILED* ]]
+
 test-gpu: $(READY) ## what needs a GPU; skips what it cannot run
 	$(PYTEST) tests/gpu
 
@@ -102,15 +110,18 @@ $(SMOLLM2)/$(MARKER): vllm_llmd/model.py | $(READY)
 	@$(PY) -m vllm_llmd.model $(SMOLLM2) --kind smollm2
 	@touch $@
 
-# uv does not read pip's configuration: what pip knows of other package sources is handed on.
+# uv does not read pip's configuration: what pip knows of package sources is handed on, and they are equals as for pip.
 UV_COMPILE = UV_FIND_LINKS="$${UV_FIND_LINKS:-$${PIP_FIND_LINKS:-}}" \
 	UV_EXTRA_INDEX_URL="$${UV_EXTRA_INDEX_URL:-$${PIP_EXTRA_INDEX_URL:-}}" \
+	UV_INDEX_STRATEGY="$${UV_INDEX_STRATEGY:-unsafe-best-match}" \
 	$(VENV)/bin/uv pip compile --quiet --python-version 3.11 --no-header --no-annotate $(UPGRADE)
 
 lock: $(READY) ## pin anew what requirements/*.in ask for; UPGRADE=--upgrade takes the newest of everything
 	$(UV_COMPILE) --overrides requirements/overrides.txt requirements/cpu.in -o requirements/cpu.txt
 	$(UV_COMPILE) --constraints requirements/cpu.txt requirements/dev.in -o requirements/dev.txt
 	$(UV_COMPILE) --constraints requirements/cpu.txt requirements/router.in -o requirements/router.txt
+	for version in $(VERSIONS); do $(UV_COMPILE) --overrides requirements/overrides.txt \
+		requirements/cpu-$$version.in -o requirements/cpu-$$version.txt; done
 
 dist: $(READY) ## sdist and wheel, in dist/
 	rm -rf build dist
@@ -121,7 +132,7 @@ clean: ## remove what builds and test runs leave behind; keeps .venv and .models
 	find vllm_llmd router kv_connector kernels tests bench -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean ## remove .venv and .models too
-	rm -rf $(VENV) .models
+	rm -rf $(VENV) $(VERSIONS:%=$(VENV)-%) .models
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)

@@ -9,12 +9,10 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorHandshakeMetadata,
     KVConnectorMetadata,
     KVConnectorRole,
-    KVConnectorTransferResults,
     KVConnectorWorkerMetadata,
     SupportsHMA,
 )
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
-from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from vllm_llmd.kv_connector import vllm_compat
 from vllm_llmd.kv_connector.addresses import own_host, own_http
@@ -90,10 +88,13 @@ class TransferMetrics(KVConnectorPromMetrics):
 class LlmdConnector(KVConnectorBase_V1, SupportsHMA):
     """Joins a vLLM engine to the fleet. Configured by `--kv-transfer-config`; see README.md."""
 
-    _cache_hit_source = CacheHitSource.P2P
+    _cache_hit_source = vllm_compat.CACHE_HIT_SOURCE
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
+        if role == KVConnectorRole.SCHEDULER:
+            warn_of_what_should_differ(vllm_config)
+            vllm_compat.remember_manager()
         vllm_compat.spin_briefly()
         self._settings = read_engine_settings(vllm_config.kv_transfer_config.kv_connector_extra_config)
         self._facts = read_facts(vllm_config, kv_cache_config, self._settings)
@@ -103,7 +104,6 @@ class LlmdConnector(KVConnectorBase_V1, SupportsHMA):
         self._worker: WorkerSide | None = None
         self._results = NOTHING
         if role == KVConnectorRole.SCHEDULER:
-            warn_of_what_should_differ(vllm_config)
             http = own_http(self._settings)
             self._scheduler = SchedulerSide(self._facts, self._settings, http)
 
@@ -120,8 +120,11 @@ class LlmdConnector(KVConnectorBase_V1, SupportsHMA):
         return self._scheduler
 
     def bind_kv_cache_manager(self, kv_cache_manager: Any) -> None:
-        super().bind_kv_cache_manager(kv_cache_manager)
         self._scheduling.bind(vllm_compat.BlockPoolView(kv_cache_manager))
+
+    def bind_gpu_block_pool(self, gpu_block_pool: Any) -> None:
+        """What vLLM 0.29 calls in place of `bind_kv_cache_manager`."""
+        self.bind_kv_cache_manager(vllm_compat.manager_of(gpu_block_pool))
 
     def set_xfer_handshake_metadata(self, metadata: dict[int, KVConnectorHandshakeMetadata]) -> None:
         self._scheduling.introduce([metadata[rank].introduction for rank in sorted(metadata)])
@@ -215,13 +218,18 @@ class LlmdConnector(KVConnectorBase_V1, SupportsHMA):
     def wait_for_save(self) -> None:
         """Nothing: blocks stay where they are."""
 
-    def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
+    def get_transfer_results(self, finished_req_ids: set[str]) -> Any:
+        _, received = self.get_finished(finished_req_ids)
+        failed: set[str] = set() if self._one_group else set(self._results.failed)
+        return vllm_compat.transfer_results(received, failed)
+
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[None, set[str]]:
+        """What vLLM 0.29 calls in place of `get_transfer_results`."""
         self._results = self._working.end_step()
-        failed = set() if self._one_group else set(self._results.failed)
-        return KVConnectorTransferResults(finished_recving=set(self._results.received), failed_recving=failed)
+        return None, set(self._results.received)
 
     def get_block_ids_with_load_errors(self) -> set[int]:
-        """What has not arrived, block by block; with several groups vLLM wants to hear of whole requests instead."""
+        """What has not arrived, block by block; with several groups vLLM can only be told of whole requests."""
         return self._results.missing_blocks if self._one_group else set()
 
     def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:

@@ -1,4 +1,7 @@
-"""Every vLLM internal that we touch beyond the connector interface, so that a new release changes one file."""
+"""Every vLLM internal that we touch beyond the connector interface, so that a new release changes one file.
+
+What releases differ in ends here: see docs/decisions/0010-vllm-versions.md.
+"""
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -6,6 +9,8 @@ from typing import Any
 
 import torch
 from vllm.distributed.kv_events import AllBlocksCleared, BlockRemoved, BlockStored
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
+from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.kv_cache_utils import maybe_convert_block_hash
 from vllm.v1.request import RequestStatus
 
@@ -14,7 +19,46 @@ from vllm_llmd.kv_connector.layout import LayerView, TensorView
 from vllm_llmd.kv_connector.staging import HostStaging, Staging, prepare_host_staging
 from vllm_llmd.kv_connector.vllm_facts import Layer
 
+try:
+    from vllm.v1.metrics.cache_hit_source import CacheHitSource
+
+    CACHE_HIT_SOURCE: Any = CacheHitSource.P2P
+except ImportError:  # vLLM before 0.32 does not ask where tokens come from
+    CACHE_HIT_SOURCE = None
+
 logger = logging.getLogger(__name__)
+
+# --- the connector's own hooks --------------------------------------------------------------------------------
+
+
+def transfer_results(received: set[str], failed: set[str]) -> Any:
+    """What `get_transfer_results` answers, a hook that vLLM calls from 0.30 on."""
+    from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
+
+    return KVConnectorTransferResults(finished_recving=received, failed_recving=failed)
+
+
+def remember_manager() -> None:
+    """Before vLLM builds its KV cache manager: make sure that `manager_of` will know it.
+
+    From 0.30 on vLLM hands its manager to the connector itself. Before, only the manager's block pool.
+    """
+    if hasattr(KVConnectorBase_V1, "bind_kv_cache_manager") or hasattr(KVCacheManager.__init__, "remembers"):
+        return
+    theirs = KVCacheManager.__init__
+
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        theirs(self, *args, **kwargs)
+        self.block_pool.llmd_manager = self
+
+    init.remembers = True  # type: ignore[attr-defined]
+    KVCacheManager.__init__ = init
+
+
+def manager_of(block_pool: Any) -> Any:
+    """The manager of a pool that was built after `remember_manager`."""
+    return block_pool.llmd_manager
+
 
 # --- the block pool -------------------------------------------------------------------------------------------
 
@@ -67,6 +111,15 @@ class BlockPoolView:
         For a request whose failed load vLLM has just truncated to its valid prefix.
         """
         self._manager.cache_blocks(request, request.num_computed_tokens)
+        request.num_computed_tokens = 0
+
+    def forget_load(self, request: Any) -> None:
+        """Give up the blocks of a request whose load has failed, and have it scheduled afresh.
+
+        vLLM does so by itself from 0.30 on, where doing it twice changes nothing; 0.29 takes all that was loaded for
+        valid, unless it is told of invalid blocks, and cannot be told so where there are several groups.
+        """
+        self._manager.free(request)
         request.num_computed_tokens = 0
 
 

@@ -6,6 +6,7 @@ import logging
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import gcd
 from typing import Any
 
 import torch
@@ -20,8 +21,8 @@ from vllm_llmd.wire import MAJOR, Geometry, GroupShape
 
 logger = logging.getLogger(__name__)
 
-TESTED = ("0.32",)
-"""Releases that the engine tests have passed on."""
+TESTED = ("0.29", "0.30", "0.31", "0.32")
+"""Releases that the engine tests pass on."""
 
 CPU_KEYS_TRANSPOSED = ("vec", "vec16")
 """vLLM's names of the CPU attention kernels that keep the keys of a head as [channel, token], its values after them."""
@@ -88,7 +89,7 @@ def read_facts(config: Any, kv_cache: Any, settings: EngineSettings) -> EngineFa
         geometry=geometry,
         layers=layers,
         layer_bytes=max(spec.page_size_bytes for spec in specs),
-        hash_tokens=getattr(kv_cache, "hash_block_size", None) or min(g.block_size for g in geometry.groups),
+        hash_tokens=_hash_tokens(config, kv_cache),
         prefix_caching=bool(config.cache_config.enable_prefix_caching),
         priorities=config.scheduler_config.policy == "priority",
         fingerprint=_fingerprint(config, kv_cache, settings),
@@ -99,8 +100,9 @@ def read_facts(config: Any, kv_cache: Any, settings: EngineSettings) -> EngineFa
 
 def warn_of_what_should_differ(config: Any) -> None:
     """One clear line for each setting that works, but not as well as it should."""
-    if not vllm.__version__.startswith(TESTED):
-        logger.warning("vllm-llmd is tested with vLLM %s; this is %s", ", ".join(TESTED), vllm.__version__)
+    if _release() not in TESTED:
+        tested = f"{TESTED[0]} to {TESTED[-1]}"
+        logger.warning("vllm-llmd is tested with vLLM %s; this is %s", tested, vllm.__version__)
     policy = config.kv_transfer_config.kv_load_failure_policy
     if policy != "recompute":
         logger.warning(
@@ -173,6 +175,13 @@ def _geometry(config: Any, kv_cache: Any) -> Geometry:
     )
 
 
+def _hash_tokens(config: Any, kv_cache: Any) -> int:
+    """How many tokens vLLM hashes at a time. From 0.32 on its engine core says so; before, this is how it decides."""
+    sizes = [group.kv_cache_spec.block_size for group in kv_cache.kv_cache_groups]
+    asked_for = getattr(config.cache_config, "prefix_match_unit", None) if len(sizes) > 1 else None
+    return getattr(kv_cache, "hash_block_size", None) or asked_for or gcd(*sizes)
+
+
 def _latent(kv_cache: Any) -> bool:
     """Whether every rank holds the whole cache."""
     return all(
@@ -238,12 +247,16 @@ def _fingerprint(config: Any, kv_cache: Any, settings: EngineSettings) -> str:
         ],
         "kv_heads": config.model_config.get_total_num_kv_heads(),
         "device": _device_kind(config.device_config.device_type),
-        "vllm": ".".join(vllm.__version__.split(".")[:2]),
+        "vllm": _release(),
         "protocol": MAJOR,
     }
     text = json.dumps(facts, sort_keys=True)
     logger.info("llmd fingerprint of %s", text)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _release() -> str:
+    return ".".join(vllm.__version__.split(".")[:2])
 
 
 def _device_kind(device_type: str) -> str:

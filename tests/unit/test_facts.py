@@ -144,6 +144,19 @@ def test_blocks_are_named_by_the_group_that_keeps_all_of_the_past() -> None:
     assert (facts.naming_group, facts.block_size) == (1, 32)
 
 
+@pytest.mark.parametrize(
+    ("blocks", "asked_for", "said", "hashed"),
+    [((48, 32), None, None, 16), ((64, 32), 8, None, 8), ((64,), 8, None, 64), ((64, 32), 8, 32, 32)],
+)
+def test_how_many_tokens_vllm_hashes_is_known_whether_it_says_so_or_not(
+    blocks: tuple[int, ...], asked_for: int | None, said: int | None, hashed: int
+) -> None:
+    settings, kv_cache = config(), cache(*(spec(block_size=size) for size in blocks))
+    settings.cache_config.prefix_match_unit = asked_for
+    kv_cache.hash_block_size = said
+    assert vllm_facts.read_facts(settings, kv_cache, EngineSettings()).hash_tokens == hashed
+
+
 def test_a_model_id_makes_up_for_different_directories() -> None:
     here, there = (fingerprint(EngineSettings(model_id="weights"), model=path) for path in ("/a/m", "/b/m"))
     assert here == there
@@ -187,6 +200,27 @@ def test_a_policy_that_fails_requests_is_warned_of_with_what_to_write(caplog: py
     vllm_facts.warn_of_what_should_differ(config(policy="fail"))
     assert '"kv_load_failure_policy":"recompute"' in caplog.text
     caplog.clear()
+    vllm_facts.warn_of_what_should_differ(config())
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize("version", ["0.28.1", "0.33.0", "0.3.2", "1.0.0rc1", "0.1.dev20000+g0123abc"])
+def test_a_release_that_is_not_tested_is_warned_of_and_not_refused(
+    version: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    logging.getLogger("vllm_llmd").propagate = True
+    monkeypatch.setattr(vllm_facts.vllm, "__version__", version)
+    vllm_facts.warn_of_what_should_differ(config())
+    assert f"tested with vLLM 0.29 to 0.32; this is {version}" in caplog.text
+    assert fingerprint()
+
+
+@pytest.mark.parametrize("version", ["0.29.0", "0.32.1", "0.30.0+cpu", "0.31.0rc2"])
+def test_a_release_that_is_tested_is_not_warned_of(
+    version: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    logging.getLogger("vllm_llmd").propagate = True
+    monkeypatch.setattr(vllm_facts.vllm, "__version__", version)
     vllm_facts.warn_of_what_should_differ(config())
     assert caplog.text == ""
 

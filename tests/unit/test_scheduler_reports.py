@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -30,6 +31,7 @@ class Pool:
         self.num_gpu_blocks = 16
         self.block_pool = self
         self.cached: list[int] = []
+        self.given_up: list[str] = []
         self.events: list[Any] = []
 
     def touch(self, blocks: Sequence[Any]) -> None:
@@ -54,6 +56,9 @@ class Pool:
     def cache_blocks(self, request: Any, tokens: int) -> None:
         self.cached.append(tokens)
 
+    def free(self, request: Any) -> None:
+        self.given_up.append(request.request_id)
+
     def pinned(self) -> list[int]:
         return [block.block_id for block in self.blocks if block.pins]
 
@@ -63,16 +68,22 @@ def pool() -> Pool:
     return Pool()
 
 
-@pytest.fixture
-def side(pool: Pool) -> Iterator[SchedulerSide]:
-    geometry = Geometry(1, 2, "cells", [GroupShape(32, 1)])
-    layers = (Layer("layers.0", 0, "cells"),)
+@contextmanager
+def side_of(pool: Pool, groups: int) -> Iterator[SchedulerSide]:
+    geometry = Geometry(1, 2, "cells", [GroupShape(32, 1)] * groups)
+    layers = tuple(Layer(f"layers.{group}", group, "cells") for group in range(groups))
     facts = EngineFacts("me", "decode", ("m",), 32, 16, 999, geometry, layers, 4096, 32, True, False, "same")
     side = SchedulerSide(facts, EngineSettings(), "http://me")
     side.bind(BlockPoolView(pool))
     side.introduce([RankIntroduction("tcp://127.0.0.1:9", Epoch(1))])
     yield side
     side.close()
+
+
+@pytest.fixture
+def side(pool: Pool) -> Iterator[SchedulerSide]:
+    with side_of(pool, groups=1) as side:
+        yield side
 
 
 def request() -> Any:
@@ -102,6 +113,20 @@ def test_blocks_that_may_still_change_are_held_and_the_request_starts_afresh(sid
     assert waiting.num_computed_tokens == 0
     assert pool.pinned() == [2, 3]
     assert side.keep_stepping
+
+
+@pytest.mark.parametrize("quarantined", [(), (2, 3)])
+def test_with_several_groups_nothing_of_a_failed_load_is_kept(pool: Pool, quarantined: tuple[int, ...]) -> None:
+    """Which of a group's blocks make a valid prefix is not known, and vLLM 0.29 would take all of them for valid."""
+    waiting, other = request(), request()
+    other.request_id = "other"
+    with side_of(pool, groups=2) as side:
+        side.new_request(waiting)
+        side.new_request(other)
+        side.take_report(outcome("source stalled", (2, 3), quarantined), ["other"])
+        side.take_report(None, ["r"])
+    assert (waiting.num_computed_tokens, other.num_computed_tokens) == (0, 64)
+    assert (pool.given_up, pool.cached, pool.pinned()) == (["r"], [], list(quarantined))
 
 
 def test_held_blocks_are_let_go_once_their_reads_have_ended(side: SchedulerSide, pool: Pool) -> None:

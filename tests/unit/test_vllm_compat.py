@@ -1,19 +1,27 @@
-"""The little that is read of vLLM's command line and events, without an engine."""
+"""What is read of vLLM's command line and events, and what its releases differ in, without an engine."""
 
+import logging
 import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what torch deprecates as vLLM imports it is not ours to mend
     events = pytest.importorskip("vllm.distributed.kv_events")
-    from vllm_llmd.kv_connector.vllm_compat import to_block_events
+    base = pytest.importorskip("vllm.distributed.kv_transfer.kv_connector.v1.base")
+    from vllm_llmd.kv_connector import vllm_compat
+    from vllm_llmd.kv_connector.connector import LlmdConnector
+    from vllm_llmd.kv_connector.vllm_compat import BlockPoolView, to_block_events
+    from vllm_llmd.kv_connector.worker_side import Results
 
 from vllm_llmd.kv_connector.addresses import own_host, own_http
 from vllm_llmd.kv_connector.block_names import Cleared, Removed, Stored
+from vllm_llmd.names import RequestId
 from vllm_llmd.settings import EngineSettings
 
 
@@ -71,3 +79,94 @@ def test_loading_the_plugin_is_light_and_may_happen_twice() -> None:
     )
     result = subprocess.run([sys.executable, "-P", "-c", script], capture_output=True, text=True, check=True)
     assert result.stdout.strip().endswith("LlmdConnector")
+
+
+# --- what releases differ in ----------------------------------------------------------------------------------
+
+
+class Manager:
+    """vLLM's KV cache manager, as far as `remember_manager` and `BlockPoolView` go."""
+
+    def __init__(self, blocks: int) -> None:
+        self.block_pool = SimpleNamespace(num_gpu_blocks=blocks, enable_kv_cache_events=False)
+        self.freed: list[str] = []
+
+    def free(self, request: Any) -> None:
+        self.freed.append(request.request_id)
+
+
+@pytest.fixture
+def managers(monkeypatch: pytest.MonkeyPatch) -> type[Manager]:
+    """The class that vLLM makes its manager from; put back after the test."""
+    monkeypatch.setattr(vllm_compat, "KVCacheManager", Manager)
+    monkeypatch.setattr(Manager, "__init__", Manager.__init__)
+    return Manager
+
+
+def test_a_pool_leads_to_its_manager_where_vllm_hands_over_the_pool_alone(
+    monkeypatch: pytest.MonkeyPatch, managers: type[Manager]
+) -> None:
+    monkeypatch.setattr(vllm_compat, "KVConnectorBase_V1", object)
+    vllm_compat.remember_manager()
+    changed = managers.__init__
+    vllm_compat.remember_manager()
+    assert managers.__init__ is changed, "it is not changed twice"
+    one, other = managers(7), managers(blocks=8)
+    assert vllm_compat.manager_of(one.block_pool) is one
+    assert vllm_compat.manager_of(other.block_pool) is other
+
+
+def test_nothing_is_changed_where_vllm_hands_over_its_manager(
+    monkeypatch: pytest.MonkeyPatch, managers: type[Manager]
+) -> None:
+    monkeypatch.setattr(vllm_compat, "KVConnectorBase_V1", SimpleNamespace(bind_kv_cache_manager=None))
+    theirs = managers.__init__
+    vllm_compat.remember_manager()
+    assert managers.__init__ is theirs
+
+
+def connector(groups: int, results: Results) -> tuple[LlmdConnector, list[BlockPoolView]]:
+    """A connector as it is once started, between sides that do as little as possible; and the pools it has bound."""
+    pools: list[BlockPoolView] = []
+    made = LlmdConnector.__new__(LlmdConnector)
+    made._one_group = groups == 1
+    made._scheduler = SimpleNamespace(bind=pools.append)  # type: ignore[assignment]
+    made._worker = SimpleNamespace(end_step=lambda: results)  # type: ignore[assignment]
+    return made, pools
+
+
+def test_the_pool_alone_serves_as_well_as_its_manager() -> None:
+    manager = Manager(9)
+    manager.block_pool.llmd_manager = manager
+    made, pools = connector(1, Results())
+    made.bind_gpu_block_pool(manager.block_pool)
+    made.bind_kv_cache_manager(manager)
+    assert [pool.capacity for pool in pools] == [8, 8]
+
+
+@pytest.mark.parametrize(("groups", "failed", "blocks"), [(1, set(), {4}), (2, {"b"}, set())])
+def test_a_failed_load_is_told_of_in_the_way_that_vllm_takes(groups: int, failed: set[str], blocks: set[int]) -> None:
+    received = {RequestId("a"), RequestId("b")}
+    made, _ = connector(groups, Results(received, failed={RequestId("b")}, missing_blocks={4}))
+    assert made.get_finished(set()) == (None, {"a", "b"})
+    assert made.get_block_ids_with_load_errors() == blocks
+    if hasattr(base, "KVConnectorTransferResults"):
+        told = made.get_transfer_results(set())
+        assert (told.finished_sending, told.finished_recving, told.failed_recving) == (set(), {"a", "b"}, failed)
+
+
+def test_giving_up_a_load_returns_its_blocks_and_its_tokens() -> None:
+    manager, request = Manager(9), SimpleNamespace(request_id="r", num_computed_tokens=64)
+    BlockPoolView(manager).forget_load(request)
+    assert (manager.freed, request.num_computed_tokens) == (["r"], 0)
+
+
+def test_message_queues_of_an_unknown_kind_are_warned_of_and_left_alone(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    name = "vllm.distributed.device_communicators.shm_broadcast"
+    monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setattr("vllm.platforms.current_platform", SimpleNamespace(is_cpu=lambda: True))
+    logging.getLogger("vllm_llmd").propagate = True
+    vllm_compat.spin_briefly()
+    assert "message queues are unknown" in caplog.text
