@@ -1,5 +1,6 @@
 """Pure: what a router says of a request, and which engine is to supply which part of its prompt."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,15 @@ from vllm_llmd.wire import EngineInfo
 
 HINT_KEY = "llmd"
 """Where the hint stands in a request's `kv_transfer_params`."""
+
+MAX_SOURCES = 64
+"""More than any prompt has; what is hinted beyond counts as unsaid."""
+
+MAX_NAME_CHARS = 256
+MAX_COUNT = 2**53
+"""Up to here a float is exact."""
+
+TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 
 
 @dataclass(frozen=True)
@@ -43,10 +53,10 @@ def read_hint(kv_transfer_params: Any) -> Hint:
         sources = [{"engine": raw.get("source")}]
     name, deadline, trace = raw.get("request"), raw.get("deadline_ms"), raw.get("trace")
     return Hint(
-        sources=tuple(source for source in map(_source, sources) if source is not None),
-        request=name if isinstance(name, str) else None,
+        sources=tuple(source for source in map(_source, sources[:MAX_SOURCES]) if source is not None),
+        request=name if _is_name(name) else None,
         deadline_ms=deadline if _is_count(deadline) else None,
-        trace=trace if isinstance(trace, str) else None,
+        trace=trace if isinstance(trace, str) and TRACEPARENT.fullmatch(trace) else None,
     )
 
 
@@ -98,5 +108,9 @@ def _source(raw: Any) -> HintedSource | None:
     return HintedSource(EngineId(raw["engine"]), until if _is_count(until) else None)
 
 
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and 0 < len(value) <= MAX_NAME_CHARS and value.isprintable()
+
+
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= MAX_COUNT

@@ -46,11 +46,12 @@ class Wanted:
         return self.blocks[index - self.first_block], within // self.cell
 
     def remote(self, strip: Strip) -> Iterator[tuple[int, int, int]]:
-        """The cells in a strip of the source's: (cell, block of the source, which part of it)."""
+        """The cells wanted of a strip of the source's: (cell, block of the source, which part of it)."""
         parts = self.source_block_size // self.cell
-        for offset, block in enumerate(strip.blocks):
-            for part in range(parts):
-                yield (strip.first_block + offset) * parts + part, block, part
+        first = strip.first_block * parts
+        for cell in range(max(first, self.cells.start), min(first + len(strip.blocks) * parts, self.cells.stop)):
+            offset, part = divmod(cell - first, parts)
+            yield cell, strip.blocks[offset], part
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,9 @@ logger = logging.getLogger(__name__)
 GAVE_WAY = "gave way"
 """Why an order is given up whose blocks other requests need."""
 
+MAX_REASONS = 100
+"""Fallbacks are counted apart by so many reasons: other engines word some of them, and each is a label of a metric."""
+
 
 @dataclass(frozen=True)
 class OrderPolicy:
@@ -91,6 +94,7 @@ class Placing:
         self._new: list[tuple[PlannedOrder, ...]] = []
         self._failing: list[Fail] = []
         self._objections: set[str] = set()
+        self._reasons: set[str] = set()
         self._count = 0
         self._fallbacks: Counter[str] = Counter()
 
@@ -236,7 +240,7 @@ class Placing:
         if peer.fingerprint != self._policy.fingerprint:
             return "fingerprint differs: model, dtype, device and versions must be equal"
         if len(peer.workers) != peer.geometry.tp:
-            return f"engine of {peer.geometry.tp} ranks tells of {len(peer.workers)}"
+            return f"ranks are missing: engine of {peer.geometry.tp} tells of {len(peer.workers)}"
         return objection(self._policy.geometry, peer.geometry)
 
     # --- the order --------------------------------------------------------------------------------------------
@@ -321,7 +325,10 @@ class Placing:
             self._failing.append(Fail(order, reason))
 
     def _fall_back(self, reason: str, text: str) -> None:
-        self._fallbacks[reason.partition(":")[0]] += 1
+        kind = reason.partition(":")[0]
+        if len(self._reasons) < MAX_REASONS:
+            self._reasons.add(kind)
+        self._fallbacks[kind if kind in self._reasons else "other"] += 1
         if text not in self._objections:
             if len(self._objections) < 1000:
                 self._objections.add(text)

@@ -16,4 +16,4 @@ class Seal:
         return hmac.new(self._key, text.encode(), hashlib.sha256).hexdigest()
 
     def verifies(self, mac: str, text: str) -> bool:
-        return self._key is None or hmac.compare_digest(mac, self.sign(text))
+        return self._key is None or hmac.compare_digest(mac.encode(), self.sign(text).encode())

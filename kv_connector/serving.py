@@ -49,6 +49,10 @@ class PinBook:
     def __len__(self) -> int:
         return len(self._pinned)
 
+    def holds(self, order: OrderId) -> bool:
+        """Whether any range of the order is pinned."""
+        return any(pinned == order for pinned, _ in self._pinned)
+
     def pin(self, order: OrderId, seq: int, blocks: list[Any], holders: int) -> None:
         """Keep a range's blocks until so many have let go of it: one for each pair of ranks that reads."""
         self._pool.pin(blocks)
@@ -128,7 +132,7 @@ class Serving:
             return
         try:
             ticket = msgspec.convert(raw, Ticket)
-        except msgspec.ValidationError as error:
+        except (msgspec.ValidationError, UnicodeEncodeError) as error:
             self._ignore(request, f"unusable ticket: {error}")
             return
         reason = self._disbelief(ticket)
@@ -234,7 +238,7 @@ class Serving:
         """Why the ticket proves nothing, so that not even its order may be told so; None if it holds."""
         if not self._policy.seal.verifies(ticket.mac, ticket_text(ticket)):
             return "not signed with this fleet's secret"
-        if ticket.order in self._known:
+        if ticket.order in self._known or self._serves(ticket.order):
             return "order came before"
         try:
             self._edges(ticket)
@@ -243,27 +247,31 @@ class Serving:
         return None
 
     def _objection(self, ticket: Ticket, request: Any) -> str | None:
-        """Why the order is not served, or None."""
+        """Why the order is not served, or None. Up to a colon it is counted by, so nothing of the ticket is there."""
         if ticket.version != MAJOR:
-            return f"ticket of protocol {ticket.version}; this engine speaks {MAJOR}"
+            return f"another version: ticket of protocol {ticket.version}; this engine speaks {MAJOR}"
         if ticket.source != self._policy.me or ticket.source_epoch != self._policy.epoch:
-            return f"meant for {ticket.source} in life {ticket.source_epoch:x}, which has ended"
+            return f"another engine or life: meant for {ticket.source} in life {ticket.source_epoch:x}, which has ended"
         if ticket.fingerprint != self._policy.fingerprint:
             return "fingerprint differs: model, dtype, device and versions must be equal"
         if not 0 <= ticket.first_token < ticket.end_token <= request.num_prompt_tokens:
             return (
-                f"tokens {ticket.first_token} to {ticket.end_token} are not within the order's prompt of "
+                f"impossible tokens: {ticket.first_token} to {ticket.end_token} are not within the order's prompt of "
                 f"{request.num_prompt_tokens}"
             )
         if not LEASE_MS_RANGE[0] <= ticket.lease_ms <= LEASE_MS_RANGE[1]:
-            return f"lease_ms must be within {LEASE_MS_RANGE}; got {ticket.lease_ms}"
+            return f"impossible lease: lease_ms must be within {LEASE_MS_RANGE}; got {ticket.lease_ms}"
         if ticket.deadline_ms < 0:
-            return f"deadline_ms must be 0 or more; got {ticket.deadline_ms}"
+            return f"impossible deadline: deadline_ms must be 0 or more; got {ticket.deadline_ms}"
         if ticket.adapter != self._adapter(request):
             return "adapter differs: its name stands for other weights here"
         if not self._room.may_serve(self._policy.blocks(request.num_prompt_tokens)):
             return "no room: too many requests wait for KV here"
         return None
+
+    def _serves(self, order: OrderId) -> bool:
+        """Whether the order is not over, however many have come since."""
+        return self._pins.holds(order) or any(each.ticket.order == order for each in self._orders.values())
 
     def _adapter(self, request: Any) -> str:
         return "" if request.lora_request is None else adapters.digest(request.lora_request.lora_path)

@@ -51,7 +51,7 @@ class Source:
 
     def acked(self, message: Ack) -> list[SourceAction]:
         """The destination has read and accepted ranges."""
-        seqs = tuple(seq for seq in message.seqs if seq in self._pinned)
+        seqs = tuple(seq for seq in dict.fromkeys(message.seqs) if seq in self._pinned)
         self._pinned.difference_update(seqs)
         if (self._last_announced or self.dropped is not None) and not self._pinned and self.ended is None:
             self.ended = self.dropped or "served"

@@ -60,9 +60,12 @@ def readers_of(source: int, between: tuple[Edge, ...]) -> tuple[int, ...]:
 
 
 def objection(mine: Geometry, theirs: Geometry) -> str | None:
-    """Why an engine cut up like `mine` cannot read one cut up like `theirs`, or None."""
+    """Why an engine cut up like `mine` cannot read one cut up like `theirs`, or None; the kind comes first."""
     if mine == theirs:
         return None
+    smallest = min((group.block_size for group in theirs.groups), default=1)
+    if not 0 < theirs.tp <= MAX_RANKS or smallest < 1:
+        return f"impossible engine: {theirs.tp} ranks, blocks of {smallest} tokens"
     if [(g.layers, g.window) for g in mine.groups] != [(g.layers, g.window) for g in theirs.groups]:
         return "KV cache groups differ"
     if mine.interior != theirs.interior or not mine.interior:
@@ -72,13 +75,13 @@ def objection(mine: Geometry, theirs: Geometry) -> str | None:
         return "block sizes differ, which is supported with one KV cache group only"
     for here, there in sizes:
         if here % there and there % here:
-            return f"block sizes must divide each other; {here} here, {there} there"
+            return f"block sizes must divide each other: {here} here, {there} there"
         if here != there and mine.interior.startswith(OPAQUE):
-            return f"block sizes must be equal where blocks are '{mine.interior}'; {here} here, {there} there"
+            return f"block sizes must be equal where blocks are '{mine.interior}': {here} here, {there} there"
     try:
         edges(theirs.tp, mine.tp, mine.kv_heads)
     except ConfigError as error:
-        return str(error)
+        return f"heads cannot be dealt out: {error}"
     return None
 
 

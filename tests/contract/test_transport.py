@@ -123,7 +123,7 @@ def test_a_peer_can_be_forgotten_and_learnt_again(ends: tuple[End, End]) -> None
 
 
 def test_a_read_from_a_stranger_cannot_start(ends: tuple[End, End]) -> None:
-    source, destination = ends
+    _source, destination = ends
     local, remote = runs(ends, (0, 0))
     with pytest.raises(TransferError):
         destination.transport.start_read(ReadPlan(PeerName("stranger"), local, remote, "DRAM", "DRAM"))

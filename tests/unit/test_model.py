@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from vllm_llmd import model
 from vllm_llmd.errors import ConfigError
 from vllm_llmd.model import ModelError, build_model
+from vllm_llmd.tiny_models import VOCABULARY
 
 
 @pytest.fixture(scope="module")
@@ -55,10 +56,10 @@ def test_a_directory_of_someone_elses_is_refused_and_left_alone(tmp_path: Path) 
 
 
 def test_a_failure_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(_: Path) -> None:
+    def fail(*_: object) -> None:
         raise RuntimeError("no more disk")
 
-    monkeypatch.setattr(model, "_build_tiny", fail)
+    monkeypatch.setattr(model, "build_tiny", fail)
     with pytest.raises(RuntimeError, match="no more disk"):
         build_model(tmp_path / "m", "tiny")
     assert list(tmp_path.iterdir()) == []
@@ -100,8 +101,8 @@ def test_any_text_is_its_bytes_in_tokens_and_comes_back(tokenizer: Any, text: st
 
 
 def test_every_token_the_tiny_model_may_say_has_a_text(tokenizer: Any) -> None:
-    assert len(tokenizer) == model.TINY_VOCABULARY
-    assert all(tokenizer.decode([token]) for token in range(model.TINY_VOCABULARY))
+    assert len(tokenizer) == VOCABULARY
+    assert all(tokenizer.decode([token]) for token in range(VOCABULARY))
 
 
 def test_a_chat_has_a_template(tokenizer: Any) -> None:
