@@ -14,7 +14,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 
-from vllm_llmd.kv_connector import vllm_compat
+from vllm_llmd.kv_connector import device_memory, vllm_compat
 from vllm_llmd.kv_connector.addresses import own_host, own_http
 from vllm_llmd.kv_connector.layout import Memory
 from vllm_llmd.kv_connector.metrics import Metrics, MetricTypes
@@ -176,13 +176,13 @@ class LlmdConnector(KVConnectorBase_V1, SupportsHMA):
         facts = self._facts
         layers = vllm_compat.layer_views(kv_caches, facts.layers, facts.num_blocks)
         caches = [kv_caches[layer.name] for layer in facts.layers]
-        kind, device_id = vllm_compat.device_of(caches[0])
-        new_staging, prepare_staging = vllm_compat.staging_for(caches)
+        kind, device_id = device_memory.device_of(caches[0])
+        new_staging, prepare_staging = device_memory.staging_for(caches)
         cache = CacheMemory(
             layers=tuple(layers),
-            spans=tuple(vllm_compat.storage_spans(caches)),
+            spans=tuple(device_memory.storage_spans(caches)),
             memory=Memory(facts.num_blocks, kind, device_id),
-            mark_step=vllm_compat.step_marker(kind),
+            mark_step=device_memory.step_marker(kind),
             new_staging=new_staging,
             prepare_staging=prepare_staging,
         )

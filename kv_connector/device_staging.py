@@ -11,13 +11,17 @@ class DeviceStaging:
     """Implements `Staging`. Copies run beside the model; `place` answers when the device has passed them."""
 
     def __init__(self, caches: Sequence[torch.Tensor]) -> None:
-        """`caches` are what pieces are put into; all of one device."""
+        """`caches` are what pieces are put into; all of one device.
+
+        The slots are allocated on the stream of the copies: nothing that runs on another may still use their memory.
+        """
         storages = {cache.untyped_storage().data_ptr(): cache.untyped_storage() for cache in caches}
         self._caches = [
             torch.empty(0, dtype=torch.uint8, device=caches[0].device).set_(storage) for storage in storages.values()
         ]
-        self._memory = torch.zeros(SLOTS * SLOT_BYTES, dtype=torch.uint8, device=caches[0].device)
         self._stream = torch.cuda.Stream(caches[0].device)
+        with torch.cuda.stream(self._stream):
+            self._memory = torch.empty(SLOTS * SLOT_BYTES, dtype=torch.uint8, device=caches[0].device)
 
     @property
     def address(self) -> int:

@@ -4,7 +4,8 @@ What releases differ in ends here: see docs/decisions/0010-vllm-versions.md.
 """
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,8 +16,8 @@ from vllm.v1.core.kv_cache_utils import maybe_convert_block_hash
 from vllm.v1.request import RequestStatus
 
 from vllm_llmd.kv_connector.block_names import BlockEvent, Cleared, Removed, Stored
-from vllm_llmd.kv_connector.layout import LayerView, TensorView
-from vllm_llmd.kv_connector.staging import HostStaging, Staging, prepare_host_staging
+from vllm_llmd.kv_connector.device_memory import tensor_view
+from vllm_llmd.kv_connector.layout import LayerView
 from vllm_llmd.kv_connector.vllm_facts import Layer
 
 try:
@@ -156,8 +157,18 @@ SPIN_S = 0.0005
 """How long a process of a CPU engine spins for a message of another before it blocks. vLLM's own second of spinning
 takes a core from the model whenever an engine waits for KV, and from the model's own threads whenever it computes."""
 
-BLOCK_MS = 2
-"""How long it then blocks before it looks again: its notifications are lossy, which a second of spinning hides."""
+BLOCK_MS = (2.0, 100.0)
+"""How long it then blocks before it looks again, at least and at most: its notifications are lossy when many follow
+each other closely, which a second of spinning hides."""
+
+BLOCK_SHARE = 0.02
+"""In between, this much of the time since the last message: what a lost notification costs at most."""
+
+
+def block_ms(idle_s: float) -> int:
+    """How long to block where the last message came `idle_s` ago."""
+    shortest, longest = BLOCK_MS
+    return int(min(max(idle_s * 1000 * BLOCK_SHARE, shortest), longest))
 
 
 def spin_briefly() -> None:
@@ -178,7 +189,8 @@ def spin_briefly() -> None:
 
     def wait(self: Any, timeout_ms: int | None = None) -> None:
         self.busy_loop_s = min(self.busy_loop_s, SPIN_S)
-        theirs(self, BLOCK_MS if timeout_ms is None else min(timeout_ms, BLOCK_MS))
+        block = block_ms(time.monotonic() - self.last_read)
+        theirs(self, block if timeout_ms is None else min(timeout_ms, block))
 
     wait.spins_briefly = True  # type: ignore[attr-defined]
     SpinCondition.wait = wait
@@ -195,54 +207,11 @@ def layer_views(caches: Mapping[str, torch.Tensor], layers: Sequence[Layer], num
     ]
 
 
-def tensor_view(cache: torch.Tensor) -> TensorView:
-    return TensorView(cache.data_ptr(), tuple(cache.shape), tuple(cache.stride()), cache.element_size())
-
-
 def _by_blocks(cache: torch.Tensor, num_blocks: int) -> torch.Tensor:
     """A cache whose first dimension counts the kernel's smaller blocks, seen by vLLM's blocks."""
     if num_blocks in cache.shape or cache.shape[0] % num_blocks:
         return cache
     return cache.unflatten(0, (num_blocks, -1))
-
-
-def storage_spans(caches: Iterable[torch.Tensor]) -> list[tuple[int, int]]:
-    """(address, bytes) of every storage below the caches, each once: layers are views of few allocations."""
-    storages = [cache.untyped_storage() for cache in caches]
-    return sorted({(storage.data_ptr(), storage.nbytes()) for storage in storages})
-
-
-def device_of(cache: torch.Tensor) -> tuple[str, int]:
-    """NIXL's memory kind and the device's index."""
-    if cache.device.type == "cpu":
-        return "DRAM", 0
-    return "VRAM", cache.device.index or 0
-
-
-def step_marker(memory: str) -> Callable[[], Callable[[], bool]]:
-    """A function that marks this point of the current stream; its answer tells whether the device has passed it."""
-    if memory == "DRAM":
-        return lambda: lambda: True
-
-    def mark() -> Callable[[], bool]:
-        event = torch.cuda.Event()
-        event.record()
-        return lambda: bool(event.query())
-
-    return mark
-
-
-def staging_for(caches: Sequence[torch.Tensor]) -> tuple[Callable[[], Staging], Callable[[], None]]:
-    """What makes the staging area beside these caches, and what prepares its first use."""
-    if device_of(caches[0])[0] == "DRAM":
-        return HostStaging, prepare_host_staging
-
-    def on_device() -> Staging:
-        from vllm_llmd.kv_connector.device_staging import DeviceStaging
-
-        return DeviceStaging(caches)
-
-    return on_device, lambda: None
 
 
 def tensor_rank() -> int:

@@ -161,6 +161,11 @@ def test_giving_up_a_load_returns_its_blocks_and_its_tokens() -> None:
     assert (manager.freed, request.num_computed_tokens) == (["r"], 0)
 
 
+@pytest.mark.parametrize(("idle_s", "ms"), [(0.0, 2), (0.05, 2), (1.0, 20), (5.0, 100), (3600.0, 100)])
+def test_the_longer_a_queue_is_idle_the_longer_it_blocks(idle_s: float, ms: int) -> None:
+    assert vllm_compat.block_ms(idle_s) == ms
+
+
 def test_message_queues_of_an_unknown_kind_are_warned_of_and_left_alone(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
