@@ -71,7 +71,10 @@ _Pattern = tuple[_Runs | None, tuple[_Detour, ...]]
 
 
 class Bridge:
-    """How to read from one source rank. Raises ConfigError where the two sides cannot be brought together."""
+    """How to read from one source rank, whose regions have been checked.
+
+    Raises ConfigError where the two sides cannot be brought together.
+    """
 
     def __init__(self, local: Regions, remote: Regions, heads: HeadSlice | None) -> None:
         here, there = (
@@ -93,7 +96,7 @@ class Bridge:
         """What to read for `cells`, in layers `first_layer` to `end_layer` (0: all).
 
         Example: blocks 4,5,6 into 9,10,12, layers apart and blocks dense, are two runs a layer.
-        Raises ConfigError if a block id is out of range.
+        Raises ConfigError if a block id or a part of a block is out of range.
         """
         locals_, remotes, detours = [], [], []
         for (group, local_part, remote_part), pairs in self._by_kind(cells).items():
@@ -165,13 +168,17 @@ class Bridge:
 
     def _new_pattern(self, region: int, local_part: int, remote_part: int) -> _Pattern:
         local, remote = self._interiors(region)
+        tokens = min(local.tokens, remote.tokens)
+        if max(local_part, remote_part) and not tokens:
+            raise ConfigError("KV blocks cannot be taken apart")
+        if local_part * tokens + tokens > local.tokens or remote_part * tokens + tokens > remote.tokens:
+            raise ConfigError(f"part out of range: {tokens} tokens of blocks of {local.tokens} and {remote.tokens}")
         if self._whole(region):
             return _one_run(0, 0, self._local.block_bytes[region]), ()
         heads = self._heads or HeadSlice(0, 0, local.heads)
         if local.tokens == remote.tokens and local.head_bytes and local.head_bytes == remote.head_bytes:
             size = local.head_bytes
             return _one_run(heads.destination_first * size, heads.source_first * size, heads.count * size), ()
-        tokens = min(local.tokens, remote.tokens)
         runs: list[_Runs] = []
         detours: list[_Detour] = []
         for ours, theirs in zip(local.components, remote.components, strict=True):

@@ -212,6 +212,13 @@ class Destination:
         )
 
 
+MAX_LAYERS = 4096
+"""More than any model has."""
+
+
 def layer_mask(first: int, end: int) -> int:
-    """The layers `first` to `end` (exclusive; 0: all there may be) as a bit mask."""
-    return (1 << end) - (1 << first) if end else ~((1 << first) - 1)
+    """The layers `first` to `end` (exclusive; 0: all there may be) as a bit mask; none where there is no such range."""
+    last = end or MAX_LAYERS
+    if not 0 <= first < last <= MAX_LAYERS:
+        return 0
+    return (1 << last) - (1 << first)

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_llmd.errors import ConfigError
+from vllm_llmd.kernels.block_copy import ITEM_BYTES
 from vllm_llmd.wire import Component, Interior, Regions
 
 Runs = npt.NDArray[np.uint64]
@@ -74,6 +75,9 @@ class CellCopy:
     local_part: int
 
 
+ADDRESSES = 1 << 62
+"""Addresses and sizes are below this: sums of two still fit into 64 bits."""
+
 UNKNOWN = Interior(0, 0, 0, [])
 """The interior of blocks of which nothing is known but where they begin and end."""
 
@@ -119,6 +123,38 @@ def pack_regions(layers: Sequence[LayerView], memory: Memory) -> Regions:
             packed.groups.append(view.group)
             packed.kinds.append(kind)
     return packed
+
+
+def check_regions(regions: Regions) -> None:
+    """Raises ConfigError if what another rank says of its cache cannot be true of any: nothing is to be read by it."""
+    columns = (regions.bases, regions.strides, regions.block_bytes, regions.layers, regions.groups, regions.kinds)
+    if len({len(column) for column in columns}) != 1:
+        raise ConfigError("impossible KV cache: its regions are described unevenly")
+    smallest = [ADDRESSES] * len(regions.interiors)
+    for base, stride, size, layer, group, kind in zip(*columns, strict=True):
+        if not (0 < size <= stride and min(base, layer, group) >= 0 and 0 <= kind < len(smallest)):
+            raise ConfigError(f"impossible KV cache: blocks of {size} bytes every {stride} from {base}, kind {kind}")
+        if not regions.num_blocks >= 0 or base + regions.num_blocks * stride > ADDRESSES:
+            raise ConfigError(f"impossible KV cache: {regions.num_blocks} blocks every {stride} bytes from {base}")
+        smallest[kind] = min(smallest[kind], size)
+    for interior, size in zip(regions.interiors, smallest, strict=True):
+        _check_interior(interior, size)
+    if not 0 <= regions.device_id < ADDRESSES:
+        raise ConfigError(f"impossible device: {regions.device_id}")
+
+
+def _check_interior(interior: Interior, block_bytes: int) -> None:
+    if min(interior.heads, interior.tokens, interior.head_bytes) < 0:
+        raise ConfigError(f"impossible KV block: {interior}")
+    if interior.heads * interior.head_bytes > block_bytes:
+        raise ConfigError(f"impossible KV block: {interior} in {block_bytes} bytes")
+    for each in interior.components:
+        counts, strides = (interior.heads, interior.tokens, each.channels), (each.head, each.token, each.channel)
+        last = each.offset + sum((count - 1) * stride for count, stride in zip(counts, strides, strict=True))
+        if min(counts) < 1 or min(each.offset, *strides) < 0 or each.item_bytes not in ITEM_BYTES:
+            raise ConfigError(f"impossible KV block: {interior}")
+        if last + each.item_bytes > block_bytes:
+            raise ConfigError(f"impossible KV block: {interior} in {block_bytes} bytes")
 
 
 def _block_dim(tensor: TensorView, num_blocks: int) -> int:

@@ -20,6 +20,7 @@ from vllm_llmd.errors import ConfigError, TransferError, WireError
 from vllm_llmd.kv_connector.bridge import Bridge, one_run
 from vllm_llmd.kv_connector.delivery import SourceEndpoint
 from vllm_llmd.kv_connector.exchange import Act, Caller, Exchange, ReadFrom, ToDestination, ToSource
+from vllm_llmd.kv_connector.layout import ADDRESSES, check_regions
 from vllm_llmd.kv_connector.lifecycle import Drained, Outcome, Unpin
 from vllm_llmd.kv_connector.peer_sockets import Callers, FleetChanged, Greeted, Heard, Peer, PeerSettings, Sources
 from vllm_llmd.kv_connector.reads import Ended, Reads
@@ -258,7 +259,7 @@ class PeerIo:
             case Greeting():
                 try:
                     self._connect(self._sources.reach(endpoint), message)
-                except TransferError as error:
+                except (TransferError, ConfigError) as error:
                     self._lose(endpoint, str(error))
             case Refused(reason=reason):
                 self._lose(endpoint, reason)
@@ -270,6 +271,9 @@ class PeerIo:
 
     def _connect(self, peer: Peer, greeting: Greeting) -> None:
         """Learn how to read from a peer, and read a few bytes: the first read of all makes the wire ready."""
+        check_regions(greeting.regions)
+        if not 0 <= greeting.scratch < ADDRESSES:
+            raise ConfigError(f"impossible address: {greeting.scratch}")
         if peer.name is not None and peer.epoch != greeting.epoch:
             self._lose(peer.endpoint, "source restarted")
             self._retired.add(peer.name)

@@ -129,6 +129,7 @@ def test_a_read_from_a_stranger_cannot_start(ends: tuple[End, End]) -> None:
         destination.transport.start_read(ReadPlan(PeerName("stranger"), local, remote, "DRAM", "DRAM"))
 
 
-def test_metadata_that_is_none_is_refused(ends: tuple[End, End]) -> None:
+@pytest.mark.parametrize("metadata", [b"", b"\xff\xfe", b"\xff" * 4096])
+def test_metadata_that_is_none_is_refused(ends: tuple[End, End], metadata: bytes) -> None:
     with pytest.raises(TransferError):
-        ends[1].transport.connect(b"")
+        ends[1].transport.connect(metadata)

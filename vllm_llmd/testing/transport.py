@@ -33,8 +33,8 @@ class FakeTransport:
         return self._name.encode()
 
     def connect(self, metadata: bytes) -> PeerName:
-        if not metadata:
-            raise TransferError("a peer's metadata must not be empty")
+        if not metadata or not metadata.isascii():
+            raise TransferError("a peer's metadata must be its name")
         peer = PeerName(metadata.decode())
         self._peers.add(peer)
         return peer
