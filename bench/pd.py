@@ -16,13 +16,12 @@ from pathlib import Path
 from typing import get_args
 
 import pd_report
-from pd_engines import layers_can_be_streamed
 from pd_plan import BLOCK_OF_ARM, plan, remaining_s
 from pd_tasks import Desk, perform
 from pd_values import Finished, Load, Part, Results, Settings, Transport, load, save
 from rich.console import Console
 
-from vllm_llmd.errors import ConfigError, LlmdError
+from vllm_llmd.errors import LlmdError
 from vllm_llmd.launch import ToldToStop, signals_as_exceptions
 
 FULL = Settings(
@@ -47,15 +46,11 @@ QUICK = Settings(
 
 
 def settings_from(args: argparse.Namespace) -> Settings:
-    """Flags over the preset. Raises ConfigError for a length that cannot be read, or an arm that cannot be run."""
+    """Flags over the preset. Raises ConfigError for a length that cannot be read."""
     preset = QUICK if args.quick else FULL
     chosen = {name: getattr(args, name) or getattr(preset, name) for name in Settings.__struct_fields__}
     for length in chosen["lengths"]:
         Load.parse(length)
-    if not layers_can_be_streamed():
-        chosen["arms"] = [arm for arm in chosen["arms"] if arm != "layer"]
-    if not chosen["arms"]:
-        raise ConfigError("nothing to measure: this connector cannot stream layers")
     chosen["turns"] = min(chosen["turns"], chosen["rounds"])
     return Settings(**chosen)
 

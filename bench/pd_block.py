@@ -11,7 +11,7 @@ from pd_requests import Alone, Client, Ordered, Prompts, Pulled, Pushed, Route
 from pd_values import Agreement, FirstOrder, Load, Results, Ttft
 
 OUR_ARMS = ("chunk", "layer")
-"""Each is also the name of its decode engine."""
+"""Each is also the name of its prefill engine."""
 
 GATE_TOKENS = 8
 GATE_PROMPT = 700
@@ -38,17 +38,17 @@ def yardstick(block: str, engines: Mapping[str, Engine]) -> Lane:
     """One engine alone, ours; where idle engines are compared, the one without a connector."""
     if "none" in engines:
         return Lane("none", (engines["none"],), Alone(engines["none"].http))
-    engine = engines["one"] if block != "ours" else next(engines[arm] for arm in OUR_ARMS if arm in engines)
+    engine = engines["decode" if block == "ours" else "one"]
     return Lane("one", (engine,), Alone(engine.http))
 
 
 def arms(block: str, engines: Mapping[str, Engine]) -> list[Lane]:
     """The arms of a block whose engines are there."""
-    prefill = engines["prefill"]
-    if block == "ours":
-        decoders = [engines[arm] for arm in OUR_ARMS if arm in engines]
-        return [Lane(each.name, (prefill, each), Ordered(each.http, prefill.name)) for each in decoders]
     decode = engines["decode"]
+    if block == "ours":
+        sources = [engines[arm] for arm in OUR_ARMS if arm in engines]
+        return [Lane(each.name, (each, decode), Ordered(decode.http, each.name)) for each in sources]
+    prefill = engines["prefill"]
     proxy = Pushed if block.startswith("push") else Pulled
     return [Lane(block, (prefill, decode), proxy(prefill.http, decode.http))]
 

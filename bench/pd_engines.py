@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import msgspec
 from pd_environ import for_transport
 from pd_process import SessionProcess
 from pd_requests import MODEL_NAME
@@ -36,7 +35,6 @@ from vllm_llmd.launch_spec import (
     router_argv,
     router_env,
 )
-from vllm_llmd.settings import EngineSettings
 
 ENGINE_FLAGS = (
     *("--served-model-name", MODEL_NAME, "--dtype", "float32"),
@@ -74,15 +72,11 @@ LAYER_SETTING = {"stream": "layers"}
 
 OURS_ALONE = (EngineSpec(id="one"),)
 OURS = (
-    EngineSpec(id="prefill", role="prefill"),
-    EngineSpec(id="chunk", role="decode"),
-    EngineSpec(id="layer", role="decode", extra_config=LAYER_SETTING),
+    EngineSpec(id="chunk", role="prefill"),
+    EngineSpec(id="layer", role="prefill", extra_config=LAYER_SETTING),
+    EngineSpec(id="decode", role="decode"),
 )
-
-
-def layers_can_be_streamed() -> bool:
-    """Whether this connector knows the setting that the arm `layer` needs."""
-    return {field.name for field in msgspec.structs.fields(EngineSettings)} >= set(LAYER_SETTING)
+"""How a prefill is streamed is up to the engine that computes it: one for each of our arms."""
 
 
 @dataclass(frozen=True)

@@ -62,12 +62,13 @@ def perform(desk: Desk, task: Task) -> None:
 def _measured(desk: Desk, task: Task) -> Cast:
     if task.block != "ours":
         return Cast(OURS_ALONE, (task.block,))
-    wanted = ("prefill", *desk.results.settings.arms)
+    wanted = ("decode", *desk.results.settings.arms)
     return Cast([spec for spec in OURS if spec.id in wanted], ())
 
 
 def _watched(task: Task) -> Cast:
-    return Cast(OURS[:2], ("none",)) if task.block == "ours" else Cast((), (task.block, "none"))
+    ours = [spec for spec in OURS if spec.id in ("chunk", "decode")]
+    return Cast(ours, ("none",)) if task.block == "ours" else Cast((), (task.block, "none"))
 
 
 def _with_engines(desk: Desk, task: Task, cast: Cast, work: Callable[[Bench], Awaitable[None]]) -> None:

@@ -170,13 +170,6 @@ def test_there_are_no_more_turns_than_rounds() -> None:
     assert asked("--rounds", "2").turns == 2
 
 
-def test_layers_are_left_out_where_the_connector_cannot_stream_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pd, "layers_can_be_streamed", lambda: False)
-    assert "layer" not in asked().arms
-    with pytest.raises(ConfigError, match="cannot stream layers"):
-        asked("--arms", "layer")
-
-
 def test_an_unreadable_length_is_refused_before_anything_starts() -> None:
     with pytest.raises(ConfigError, match="got 'long'"):
         asked("--lengths", "long")
