@@ -4,11 +4,12 @@ It comes by one order or several, for successive parts of the prompt, and each o
 that holds some of this rank's heads.
 """
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import NewType
 
-from vllm_llmd.kv_connector.lifecycle import Outcome
+from vllm_llmd.kv_connector.lifecycle import Drained, Outcome
 from vllm_llmd.names import OrderId
 
 SourceEndpoint = NewType("SourceEndpoint", str)
@@ -30,6 +31,7 @@ class Delivery:
         """`strands` say which part of the prompt each belongs to, counted from the front."""
         self._parts = dict(strands)
         self._outcomes: dict[Strand, Outcome] = {}
+        self._drained: Counter[int] = Counter()
 
     @property
     def open(self) -> list[Strand]:
@@ -40,6 +42,13 @@ class Delivery:
         self._outcomes[strand] = outcome
         return None if self.open else self._outcome()
 
+    def drained(self, drained: Drained) -> Drained | None:
+        """A read that outlived its strand has ended. Returned if it has to be told of: the outcome has been."""
+        if not self.open:
+            return drained
+        self._drained.update(drained.blocks)
+        return None
+
     def doomed_with(self, strand: Strand) -> list[Strand]:
         """What is of no use once `strand` has failed: the same part's other strands, and all parts after it."""
         return [other for other in self.open if self._parts[other] >= self._parts[strand]]
@@ -48,13 +57,14 @@ class Delivery:
         outcomes = [self._outcomes[strand] for strand in self._parts]
         missing = {block for outcome in outcomes for block in outcome.missing}
         blocks = tuple(dict.fromkeys(block for outcome in outcomes for block in outcome.blocks))
+        quarantined = Counter(block for outcome in outcomes for block in outcome.quarantined)
         ends = [outcome.prefill_ended_ms for outcome in outcomes]
         return replace(
             outcomes[0],
             reason=next((outcome.reason for outcome in outcomes if outcome.reason is not None), None),
             blocks=blocks,
             missing=tuple(block for block in blocks if block in missing),
-            quarantined=tuple(block for outcome in outcomes for block in outcome.quarantined),
+            quarantined=tuple((quarantined - self._drained).elements()),
             arrivals=tuple(arrival for outcome in outcomes for arrival in outcome.arrivals),
             prefill_ended_ms=None if None in ends else max(end for end in ends if end is not None),
         )

@@ -260,7 +260,7 @@ class Exchange:
 
     def _tell(self, strand: Strand, actions: Sequence[DestinationAction], now_ms: float) -> list[Act]:
         """What the actions of one strand's destination come to."""
-        destination = self._destinations[strand][0]
+        destination, delivery = self._destinations[strand]
         acts: list[Act] = []
         for action in actions:
             match action:
@@ -271,7 +271,8 @@ class Exchange:
                 case Outcome():
                     acts += self._ended_strand(strand, action, now_ms)
                 case Drained():
-                    acts.append(action)
+                    told = delivery.drained(action)
+                    acts += [] if told is None else [told]
         if destination.forgettable:
             self._destinations.pop(strand, None)
         return acts

@@ -214,6 +214,18 @@ def test_the_front_of_a_prompt_is_kept_when_the_rest_fails() -> None:
     assert (outcome.reason, outcome.missing) == ("source unreachable", (3, 4))
 
 
+def test_a_read_that_ends_before_the_outcome_is_told_is_not_told_of() -> None:
+    """The front's read outlives the front, and ends while a read of the rest is still waited for."""
+    exchange, front, rest = two_parts(), Strand(OrderId("front"), SOURCE), Strand(OrderId("rest"), OTHER)
+    exchange.from_source(SOURCE, Announce(front.order, 0, [Strip(0, 0, [5])], last=True), 10)
+    exchange.from_source(OTHER, Announce(rest.order, 0, [Strip(0, 2, [6])], last=True), 10)
+    exchange.failed(front.order, "source died", 20)
+    assert not outcomes(exchange.tick(20 + LEASE_MS / 2))
+    assert not any(isinstance(act, Drained) for act in exchange.read_finished(front, 0, 0, False, 530))
+    (outcome,) = outcomes(exchange.read_finished(rest, 0, 0, False, 540))
+    assert (outcome.missing, outcome.quarantined) == ((1, 2, 3, 4), ())
+
+
 def test_a_block_counts_once_both_source_ranks_have_brought_their_heads() -> None:
     exchange = Exchange()
     exchange.load([expect(), expect(endpoint=OTHER)], 0)

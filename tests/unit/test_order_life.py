@@ -52,6 +52,7 @@ class Memory:
         self.values: dict[tuple[int, int, int, int], Value] = {}
 
     def spoil(self, block: int) -> None:
+        """Nobody holds the block any more: from now on it may hold anything."""
         for key in self.values:
             if key[0] == block:
                 self.values[key] = "reused"
@@ -98,15 +99,16 @@ class SourceEngine:
         for block in blocks:
             assert block.refs, "let go of more often than held"
             block.refs -= 1
+            if not block.refs:
+                self.memory.spoil(block.block_id)
 
     def allocate(self, request: Request, tokens: int) -> bool:
-        """Blocks for so many tokens in all; a block taken from the pool loses what it held."""
+        """Blocks for so many tokens in all."""
         missing = -(-tokens // self.block_size) - len(request.blocks)
         free = [block for block in self.pool if not block.refs]
         if missing > len(free):
             return False
         for block in free[: max(missing, 0)]:
-            self.memory.spoil(block.block_id)
             self.pin([block])
             request.blocks.append(block)
         return True
@@ -282,7 +284,11 @@ class EnginesThatOrder(RuleBasedStateMachine):
     @precondition(lambda self: any(not part.arrived for part in self.parts()))
     @rule(data=st.data())
     def order_arrives(self, data: st.DataObject) -> None:
-        load, part = data.draw(st.sampled_from([(x, p) for x in self.loads.values() for p in x.parts if not p.arrived]))
+        self.arrive(
+            *data.draw(st.sampled_from([(x, p) for x in self.loads.values() for p in x.parts if not p.arrived]))
+        )
+
+    def arrive(self, load: Load, part: Part) -> None:
         part.arrived = True
         if part.source not in self.sources:
             self.fail(part.order, "source unreachable")
@@ -297,15 +303,45 @@ class EnginesThatOrder(RuleBasedStateMachine):
         part.source.requests[part.order] = request
         part.source.serving.arrived(request)
 
+    def under_way(self) -> list[tuple[Load, Part]]:
+        """Orders that their sources have not heard of."""
+        return [(load, part) for load in self.loads.values() for part in load.parts if not part.arrived]
+
     def parts(self) -> list[Part]:
         return [part for load in getattr(self, "loads", {}).values() for part in load.parts]
 
+    @rule()
+    def all_goes_well(self) -> None:
+        """Orders arrive, requests go on by some tokens, and all messages come through: the stories begin after that."""
+        for load, part in self.under_way():
+            self.arrive(load, part)
+        for source, request in self.running():
+            self.step(source, request, 5)
+        while self.to_source:
+            self.hear_at_source(*self.to_source.pop(0))
+        while self.to_destination:
+            self.hear_at_destination(*self.to_destination.pop(0))
+
     @precondition(lambda self: self.loads)
-    @rule(data=st.data(), reason=st.sampled_from([CANCELLED, "source unreachable"]), sure=RARELY)
-    def destination_gives_up(self, data: st.DataObject, reason: str, sure: bool) -> None:
-        if sure:
+    @rule(data=st.data(), kind=st.sampled_from(["fail", "cancel", "preempt", "give up", "restart", "restart source"]))
+    def mishap(self, data: st.DataObject, kind: str) -> None:
+        """One that ends much is drawn less often."""
+        if kind in ("fail", "cancel"):
             part = data.draw(st.sampled_from(self.parts()))
-            self.fail(part.order, reason)
+            self.fail(part.order, CANCELLED if kind == "cancel" else "source unreachable")
+        elif kind in ("preempt", "give up") and self.running():
+            source, request = data.draw(st.sampled_from(self.running()))
+            if kind == "give up":
+                self.end_request(source, request)
+            else:
+                source.release(request)
+                request.num_computed_tokens = 0
+        elif kind == "restart" and data.draw(RARELY):
+            self.epoch += 1
+            self.loads.clear()
+            self.begin_life()
+        elif kind == "restart source" and data.draw(RARELY):
+            self.source_restarts(data.draw(st.integers(0, 1)), noticed=data.draw(st.booleans()))
 
     def fail(self, order: OrderId, reason: str) -> None:
         for rank in range(self.tp):
@@ -342,19 +378,14 @@ class EnginesThatOrder(RuleBasedStateMachine):
     def source_tp(self) -> int:
         return self.sources[0].tp
 
-    @rule(sure=RARELY, really=RARELY)
-    def destination_restarts(self, sure: bool, really: bool) -> None:
-        if sure and really:
-            self.epoch += 1
-            self.loads.clear()
-            self.begin_life()
-
     # --- what a source does -------------------------------------------------------------------------------------
 
     @precondition(lambda self: self.running())
     @rule(data=st.data(), tokens=st.integers(1, 12))
     def source_steps(self, data: st.DataObject, tokens: int) -> None:
-        source, request = data.draw(st.sampled_from(self.running()))
+        self.step(*data.draw(st.sampled_from(self.running())), tokens)
+
+    def step(self, source: SourceEngine, request: Request, tokens: int) -> None:
         before = request.num_computed_tokens
         until = min(before + tokens, request.num_prompt_tokens)
         if until <= before or not source.allocate(request, until):
@@ -398,26 +429,8 @@ class EnginesThatOrder(RuleBasedStateMachine):
         for rank in range(self.tp):
             self.at_destination(rank, self.ranks[rank].source_finished(OrderId(request.request_id), self.now))
 
-    @precondition(lambda self: self.running())
-    @rule(data=st.data(), sure=RARELY)
-    def source_preempts(self, data: st.DataObject, sure: bool) -> None:
-        source, request = data.draw(st.sampled_from(self.running()))
-        if sure:
-            source.release(request)
-            request.num_computed_tokens = 0
-
-    @precondition(lambda self: self.running())
-    @rule(data=st.data(), sure=RARELY)
-    def source_gives_up(self, data: st.DataObject, sure: bool) -> None:
-        source, request = data.draw(st.sampled_from(self.running()))
-        if sure:
-            self.end_request(source, request)
-
-    @rule(which=st.integers(0, 1), noticed=st.booleans(), sure=RARELY, really=RARELY)
-    def source_restarts(self, which: int, noticed: bool, sure: bool, really: bool) -> None:
+    def source_restarts(self, which: int, noticed: bool) -> None:
         """All of a source's life is gone; the destination may or may not notice that the connection broke."""
-        if not (sure and really):
-            return
         old = self.sources[which]
         new = SourceEngine(
             old.name, old.epoch + 1, old.tp, old.block_size, old.serving.streaming.by_layer, self.clocks[which]
