@@ -287,3 +287,16 @@ def test_a_destination_that_never_greeted_is_not_helped_after_its_lease() -> Non
     exchange.tick(LEASE_MS + 1)
     assert exchange.expired == 1
     assert not exchange.lingering
+
+
+def test_an_announcement_that_overtakes_its_load_is_read_once_the_load_comes() -> None:
+    exchange = Exchange()
+    assert exchange.from_source(SOURCE, RANGE, 0) == []
+    (read,) = reads(exchange.load([expect()], 5))
+    assert [cell.remote for cell in read.read.cells] == [5, 6]
+
+
+def test_a_later_life_of_a_destination_ends_the_orders_of_the_earlier_one() -> None:
+    exchange = source()
+    assert Unpin(ORDER, (0,)) in exchange.greeted(Caller(CALLER.engine, Epoch(2), 0))
+    assert not exchange.busy
