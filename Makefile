@@ -31,7 +31,7 @@ INTERPRETED := TRITON_INTERPRET=1 $(PYTEST) tests/gpu/test_block_copy_gpu.py
 export PYTHONSAFEPATH := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test check lint format test-unit test-engine test-gpu bench-pd bench-step bench-copy \
+.PHONY: demo test check lint format test-unit test-engine test-gpu bench-pd bench-timeline bench-step bench-copy \
 	model model-tiny model-smollm2 install lock dist clean distclean help
 
 demo: $(READY) $(SMOLLM2)/$(MARKER) ## two real engines, a router, one chat: ends with one line of JSON
@@ -73,6 +73,9 @@ test-gpu: $(READY) ## what needs a GPU; skips what it cannot run
 
 bench-pd: $(READY) $(TINY:=/$(MARKER)) $(SMOLLM2)/$(MARKER) ## prefill/decode benchmark; ARGS=--quick, ARGS=--resume
 	@PYTHONPATH=$(CURDIR)/bench $(PY) -m pd $(ARGS)
+
+bench-timeline: $(READY) $(SMOLLM2)/$(MARKER) ## draw what two engines do during one request, as docs/timeline.svg
+	@$(PY) bench/timeline.py $(ARGS)
 
 bench-step: $(READY) ## what the connector costs an engine per step with nothing in flight
 	@$(PY) bench/step_cost.py

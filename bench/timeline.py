@@ -15,6 +15,7 @@ import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from vllm_llmd.fleet import Fleet
@@ -66,6 +67,14 @@ def timeline_of(span: Any, sent_ns: int, first_token_ns: int) -> Timeline:
     )
 
 
+def summary(timeline: Timeline) -> str:
+    """What bars of a pixel's width do not show."""
+    computing, reading = timeline.rows["source computes"], timeline.rows["destination reads"]
+    took, ended = median(bar.end_ms - bar.begin_ms for bar in reading), computing[-1].end_ms
+    first = timeline.moments["first token"]
+    return f"each read takes {took:.0f} ms; the first token comes {first - ended:.0f} ms after the last step ends"
+
+
 COLOURS = ("#4c78a8", "#f58518", "#54a24b")
 LEFT, WIDTH, ROW, TOP = 150, 760, 44, 40
 FONT = 'font-family="sans-serif" font-size="12"'
@@ -81,7 +90,7 @@ def svg(timeline: Timeline, title: str) -> str:
 
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{LEFT + WIDTH + 20}" height="{height}" {FONT}>',
-        f'<rect width="100%" height="100%" fill="white"/><text x="10" y="20" font-size="14">{title}</text>',
+        f'<rect width="100%" height="100%" fill="white"/><text x="10" y="20" font-size="13">{title}</text>',
     ]
     for number, (name, bars) in enumerate(timeline.rows.items()):
         y = TOP + ROW * number
@@ -155,9 +164,10 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=4096, help="of the prompt; default: %(default)s")
     parser.add_argument("--out", type=Path, default=Path("docs/timeline.svg"), help="default: %(default)s")
     args = parser.parse_args()
-    title = f"One prompt of {args.tokens} tokens in chunks of {CHUNK}, {args.model.name}, two engines on one machine"
-    args.out.write_text(svg(measure(args.model, args.tokens), title))
-    sys.stderr.write(f"{args.out}\n")
+    title = f"{args.tokens} tokens in chunks of {CHUNK}, {args.model.name}, two engines on one machine"
+    timeline = measure(args.model, args.tokens)
+    args.out.write_text(svg(timeline, f"{title}: {summary(timeline)}"))
+    sys.stderr.write(f"{args.out}: {summary(timeline)}\n")
 
 
 if __name__ == "__main__":
