@@ -86,6 +86,7 @@ class WorkerSide:
         self._io.start()
         self._ranges: list[PlannedRange] = []
         self._wait_ms = 0.0
+        self._told = False
         logger.info("llmd worker %s rank %d at %s", facts.engine, facts.rank, self._io.endpoint)
 
     @property
@@ -112,13 +113,18 @@ class WorkerSide:
             self._announce(ready)
 
     def end_step(self) -> Results:
-        """Announces what this step makes ready; waits a moment for I/O if the step computed nothing."""
+        """Announces what this step makes ready; waits a moment for I/O if the step computed nothing.
+
+        Not in the step after one that told of a load's end: vLLM plans a step ahead, and the one that computes what
+        has been loaded is behind this one.
+        """
         if self._ranges:
             self._announce(len(self._ranges))
         report = self._io.take()
-        if report is None and self._wait_ms:
+        if report is None and self._wait_ms and not self._told:
             self._io.wait(self._wait_ms)
             report = self._io.take()
+        self._told = report is not None and bool(report.outcomes)
         self._wait_ms = 0.0
         self._io.check()
         return NOTHING if report is None else _results(report)
