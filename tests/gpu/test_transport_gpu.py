@@ -1,12 +1,14 @@
 """Blocks from VRAM to VRAM, between two processes on one GPU, over NIXL: values, and the order of streams.
 
-Needs torch with CUDA, NIXL and Triton, and nothing of vLLM.
+Needs torch with CUDA, NIXL and Triton, and nothing of vLLM. Without a GPU, values go between host memories.
 """
 
 import multiprocessing
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -14,7 +16,9 @@ import pytest
 
 torch: Any = pytest.importorskip("torch")
 pytest.importorskip("nixl")
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
 
 LAYERS, BLOCKS, HEADS, CHANNELS, LEASE_MS = 3, 16, 4, 64, 5000
 DEADLINE_S = 60.0
@@ -34,17 +38,18 @@ def make_rank(name: str, tokens: int, fill: bool) -> tuple[Any, Any]:
     from vllm_llmd.wire import Geometry, GroupShape
 
     shape = (LAYERS, BLOCKS, HEADS, tokens, CHANNELS)
-    cache = torch.zeros(shape, dtype=torch.bfloat16, device="cuda")
+    cache = torch.zeros(shape, dtype=torch.bfloat16, device=DEVICE)
     if fill:
         cache.copy_(values(shape))
-    torch.cuda.synchronize()
+    if ON_GPU:
+        torch.cuda.synchronize()
     layers = list(cache)
     views = [LayerView(n, 0, device_memory.tensor_view(layer), "cells") for n, layer in enumerate(layers)]
     kind, device_id = device_memory.device_of(cache)
     regions = pack_regions(views, Memory(BLOCKS, kind, device_id))
     transport = NixlTransport(f"{name}-{time.monotonic_ns()}")
     transport.register(regions, device_memory.storage_spans(layers))
-    geometry = Geometry(1, HEADS, "cuda cells", [GroupShape(tokens, LAYERS)])
+    geometry = Geometry(1, HEADS, f"{DEVICE} cells", [GroupShape(tokens, LAYERS)])
     settings = PeerSettings(Caller(EngineId(name), Epoch(1), 0), "same", geometry, "127.0.0.1", Seal(None))
     new_staging, prepare = device_memory.staging_for(layers)
     io = PeerIo(settings, CacheAccess(transport, regions, new_staging, prepare), MonotonicClock())
@@ -57,7 +62,7 @@ def values(shape: tuple[int, ...]) -> Any:
     count = 1
     for size in shape:
         count *= size
-    return (torch.arange(count, device="cuda") % 251).reshape(shape).to(torch.bfloat16)
+    return (torch.arange(count, device=DEVICE) % 251).reshape(shape).to(torch.bfloat16)
 
 
 def serve(pipe: Connection, tokens: int, late: bool) -> None:
@@ -70,31 +75,35 @@ def serve(pipe: Connection, tokens: int, late: bool) -> None:
     io, cache = make_rank("source", tokens, fill=not late)
     pipe.send(io.endpoint)
     blocks: list[int] = pipe.recv()
-    mark = device_memory.step_marker("VRAM")
+    mark = device_memory.step_marker("VRAM" if ON_GPU else "DRAM")
     if late:
-        busy = torch.randn(4096, 4096, device="cuda")
+        busy = torch.randn(4096, 4096, device=DEVICE)
         for _ in range(200):
             busy = busy @ busy
             busy /= busy.norm()
         cache.copy_(values(tuple(cache.shape)))
     message = Announce(OrderId("o"), 0, [Strip(0, 0, blocks)], last=True)
     io.submit([Ready((PlannedRange(Reader(EngineId("destination"), Epoch(1), 1), message, LEASE_MS),), mark())])
-    pipe.recv()
+    with suppress(EOFError):
+        pipe.recv()
     io.close()
 
 
 @contextmanager
 def source(tokens: int, late: bool = False) -> Iterator[Connection]:
+    """This file as a process of its own; it ends when its end of the pipe says so."""
     here, there = multiprocessing.Pipe()
-    process = multiprocessing.get_context("spawn").Process(target=serve, args=(there, tokens, late), daemon=True)
-    process.start()
-    try:
-        yield here
-    finally:
-        here.send(None)
-        process.join(20)
-        if process.is_alive():
-            process.kill()
+    argv = [sys.executable, "-P", __file__, str(there.fileno()), str(tokens), str(int(late))]
+    with subprocess.Popen(argv, pass_fds=[there.fileno()]) as process:
+        there.close()
+        try:
+            yield here
+        finally:
+            here.close()
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                process.kill()
 
 
 def fetch(pipe: Connection, theirs: int, ours: int, remote: list[int], local: tuple[int, ...]) -> Any:
@@ -125,7 +134,7 @@ def fetch(pipe: Connection, theirs: int, ours: int, remote: list[int], local: tu
         io.close()
 
 
-def test_blocks_move_from_vram_to_vram() -> None:
+def test_blocks_move_between_processes() -> None:
     with source(16) as pipe:
         cache = fetch(pipe, 16, 16, [5, 3, 4, 9], (1, 2, 3, 7))
     expected = values((LAYERS, BLOCKS, HEADS, 16, CHANNELS))
@@ -133,6 +142,7 @@ def test_blocks_move_from_vram_to_vram() -> None:
     assert not cache[:, [0, 4, 5, 6, 8]].any()
 
 
+@pytest.mark.skipif(not ON_GPU, reason="there is no GPU: a step has passed when it returns")
 def test_a_range_is_announced_only_after_the_stream_that_wrote_it_has_passed() -> None:
     with source(16, late=True) as pipe:
         cache = fetch(pipe, 16, 16, [5, 3], (1, 2))
@@ -151,3 +161,7 @@ def test_blocks_of_another_size_are_put_in_place_by_the_kernel(theirs: int, ours
     got = cache[:, list(local)]
     prompt = [x.transpose(1, 2).reshape(LAYERS, HEADS, -1, CHANNELS) for x in (sent, got)]
     assert torch.equal(*prompt)
+
+
+if __name__ == "__main__":
+    serve(Connection(int(sys.argv[1])), int(sys.argv[2]), late=sys.argv[3] == "1")
