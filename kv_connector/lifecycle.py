@@ -124,6 +124,11 @@ class Outcome:
     arrivals: tuple[Arrival, ...]
     prefill_ended_ms: float | None
 
+    @property
+    def failed(self) -> bool:
+        """Whether anybody has to compute what is missing."""
+        return bool(self.missing) and self.reason != CANCELLED
+
 
 @dataclass(frozen=True)
 class Drained:

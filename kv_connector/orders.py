@@ -14,8 +14,8 @@ from typing import Any
 import aiohttp
 import msgspec
 
+from vllm_llmd.kv_connector.ticket import Ticket
 from vllm_llmd.names import OrderId
-from vllm_llmd.wire import Ticket
 
 logger = logging.getLogger(__name__)
 

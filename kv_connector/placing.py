@@ -19,9 +19,10 @@ from vllm_llmd.kv_connector.room import Room
 from vllm_llmd.kv_connector.seal import Seal
 from vllm_llmd.kv_connector.spans import OrderSpans
 from vllm_llmd.kv_connector.steps import Fail, Finish, PlannedOrder, StepPlan
+from vllm_llmd.kv_connector.ticket import Ticket, ticket_text
 from vllm_llmd.kv_connector.topology import objection
 from vllm_llmd.names import EngineId, Epoch, OrderId, RequestId
-from vllm_llmd.wire import EngineInfo, Geometry, Ticket
+from vllm_llmd.wire import EngineInfo, Geometry
 
 logger = logging.getLogger(__name__)
 
@@ -70,12 +71,6 @@ class Outside:
     waits_for_kv: Callable[[Any], bool]
     clock: Clock
     spans: OrderSpans = field(default_factory=OrderSpans)
-
-
-def ticket_text(ticket: Ticket) -> str:
-    """What a ticket's `mac` signs."""
-    unsigned = msgspec.structs.replace(ticket, mac="")
-    return "ticket " + msgspec.json.encode(unsigned).decode()
 
 
 class Placing:

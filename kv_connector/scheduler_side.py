@@ -10,7 +10,7 @@ from typing import Any
 from vllm_llmd.clock import MonotonicClock
 from vllm_llmd.kv_connector.block_names import BlockNamer
 from vllm_llmd.kv_connector.hints import read_hint
-from vllm_llmd.kv_connector.lifecycle import CANCELLED, Outcome
+from vllm_llmd.kv_connector.lifecycle import Outcome
 from vllm_llmd.kv_connector.link import EngineLink, LinkSettings
 from vllm_llmd.kv_connector.load import LoadCounter
 from vllm_llmd.kv_connector.orders import OrderClient
@@ -180,7 +180,7 @@ class SchedulerSide:
     def _load_ended(self, request_id: RequestId) -> None:
         outcomes = self._outcomes.pop(request_id, [])
         request = self._requests.get(request_id)
-        failed = any(outcome.missing and outcome.reason != CANCELLED for outcome in outcomes)
+        failed = any(outcome.failed for outcome in outcomes)
         if request is not None and failed and len(self._facts.geometry.groups) > 1:
             self._pool.forget_load(request)
         elif request is not None and any(outcome.quarantined for outcome in outcomes):

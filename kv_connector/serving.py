@@ -12,13 +12,14 @@ from vllm_llmd.clock import Clock
 from vllm_llmd.errors import ConfigError
 from vllm_llmd.kv_connector import adapters
 from vllm_llmd.kv_connector.orders import ORDER_KEY
-from vllm_llmd.kv_connector.placing import OrderPolicy, ticket_text
+from vllm_llmd.kv_connector.placing import OrderPolicy
 from vllm_llmd.kv_connector.room import Room
 from vllm_llmd.kv_connector.steps import PlannedRange, Reader, StepPlan, Withdraw
+from vllm_llmd.kv_connector.ticket import Ticket, ticket_text
 from vllm_llmd.kv_connector.topology import MAX_RANKS, edges
 from vllm_llmd.names import OrderId, RequestId
 from vllm_llmd.settings import LEASE_MS_RANGE
-from vllm_llmd.wire import MAJOR, Announce, Strip, Ticket
+from vllm_llmd.wire import MAJOR, Announce, Strip
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,6 @@ from math import inf
 from vllm_llmd.clock import MonotonicClock
 from vllm_llmd.kv_connector.exchange import Caller, Expect
 from vllm_llmd.kv_connector.layout import LayerView, Memory, pack_regions
-from vllm_llmd.kv_connector.lifecycle import CANCELLED
 from vllm_llmd.kv_connector.nixl_transport import NixlTransport
 from vllm_llmd.kv_connector.peer_io import CacheAccess, Command, PeerIo
 from vllm_llmd.kv_connector.peer_sockets import PeerSettings
@@ -151,7 +150,7 @@ def _results(report: WorkerReport) -> Results:
     results = Results(report=report)
     for outcome in report.outcomes:
         results.received.add(outcome.request)
-        if outcome.missing and outcome.reason != CANCELLED:
+        if outcome.failed:
             results.failed.add(outcome.request)
             results.missing_blocks.update(outcome.missing)
     return results

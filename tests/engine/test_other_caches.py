@@ -8,13 +8,18 @@ LENGTHS = (1, 5, 16, 32, 33, 64, 65, 100, 257, 600, 1500)
 BOTH_WAYS = [("one", "two"), ("two", "one"), ("two", "pair"), ("pair", "two"), ("one", "pair"), ("pair", "one")]
 
 
+def tokens_are_the_same(lab, source: str, destination: str) -> None:
+    """For prompts of every length, ordered and computed alone."""
+    client = lab.engine(destination)
+    for tokens in LENGTHS:
+        prompt = lab.prompt(tokens)
+        assert client.complete(prompt, source=source) == client.alone(prompt), f"{tokens} tokens"
+
+
 @pytest.mark.parametrize(("source", "destination"), BOTH_WAYS)
 def test_other_tensor_parallel_and_block_sizes_give_the_same_tokens(cuts, source: str, destination: str) -> None:
-    client = cuts.engine(destination)
-    gained = cuts.gained(client)
-    for tokens in LENGTHS:
-        prompt = cuts.prompt(tokens)
-        assert client.complete(prompt, source=source) == client.alone(prompt), f"{tokens} tokens"
+    gained = cuts.gained(cuts.engine(destination))
+    tokens_are_the_same(cuts, source, destination)
     assert gained("orders") == len(LENGTHS) - 1
     assert gained("orders_failed") == 0
 
@@ -75,11 +80,8 @@ def test_a_cached_prefix_of_sliding_windows_is_added_to(windows) -> None:
 
 @pytest.mark.parametrize(("source", "destination"), [("prefill-0", "decode-0"), ("decode-0", "prefill-0")])
 def test_latent_attention_gives_the_same_tokens(latent, source: str, destination: str) -> None:
-    client = latent.engine(destination)
-    gained = latent.gained(client)
-    for tokens in LENGTHS:
-        prompt = latent.prompt(tokens)
-        assert client.complete(prompt, source=source) == client.alone(prompt), f"{tokens} tokens"
+    gained = latent.gained(latent.engine(destination))
+    tokens_are_the_same(latent, source, destination)
     assert gained("orders_failed") == 0
 
 

@@ -43,6 +43,7 @@ PURE = (
     "kv_connector/stats.py",
     "kv_connector/load.py",
     "kv_connector/seal.py",
+    "kv_connector/ticket.py",
     "kv_connector/transport.py",
     "kernels/block_copy.py",
     "kernels/block_loops.py",

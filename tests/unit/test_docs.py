@@ -10,6 +10,7 @@ import pytest
 
 from vllm_llmd import wire
 from vllm_llmd.kv_connector.metrics import COUNTERS, FALLBACKS, METRICS, REFUSED, MetricSpec
+from vllm_llmd.kv_connector.ticket import Ticket
 from vllm_llmd.settings import EngineSettings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -58,7 +59,7 @@ def test_every_message_between_workers_is_described_with_its_fields_in_order(mes
 
 RECORDS = (
     wire.EngineInfo, wire.Geometry, wire.GroupShape, wire.Load, wire.Strip, wire.Regions, wire.Interior, wire.Component,
-    wire.Ticket,
+    Ticket,
 )  # fmt: skip
 
 

@@ -1,6 +1,5 @@
 """What the connector makes of vLLM's configuration: who may join, whose blocks fit, and what to warn of."""
 
-import logging
 import warnings
 from types import SimpleNamespace
 from typing import Any
@@ -195,37 +194,36 @@ def test_parallelism_that_is_not_supported_is_refused_by_name(size: str) -> None
         vllm_facts.read_facts(config(**{size: 2}), cache(), EngineSettings())
 
 
-def test_a_policy_that_fails_requests_is_warned_of_with_what_to_write(caplog: pytest.LogCaptureFixture) -> None:
-    logging.getLogger("vllm_llmd").propagate = True
+def test_a_policy_that_fails_requests_is_warned_of_with_what_to_write(log: pytest.LogCaptureFixture) -> None:
     vllm_facts.warn_of_what_should_differ(config(policy="fail"))
-    assert '"kv_load_failure_policy":"recompute"' in caplog.text
-    caplog.clear()
+    assert '"kv_load_failure_policy":"recompute"' in log.text
+    log.clear()
     vllm_facts.warn_of_what_should_differ(config())
-    assert caplog.text == ""
+    assert log.text == ""
+
+
+def warned(monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture, version: str) -> str:
+    """What is said of a release."""
+    monkeypatch.setattr(vllm_facts.vllm, "__version__", version)
+    vllm_facts.warn_of_what_should_differ(config())
+    return log.text
 
 
 @pytest.mark.parametrize("version", ["0.28.1", "0.33.0", "0.3.2", "1.0.0rc1", "0.1.dev20000+g0123abc"])
 def test_a_release_that_is_not_tested_is_warned_of_and_not_refused(
-    version: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    version: str, monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture
 ) -> None:
-    logging.getLogger("vllm_llmd").propagate = True
-    monkeypatch.setattr(vllm_facts.vllm, "__version__", version)
-    vllm_facts.warn_of_what_should_differ(config())
-    assert f"tested with vLLM 0.29 to 0.32; this is {version}" in caplog.text
+    assert f"tested with vLLM 0.29 to 0.32; this is {version}" in warned(monkeypatch, log, version)
     assert fingerprint()
 
 
 @pytest.mark.parametrize("version", ["0.29.0", "0.32.1", "0.30.0+cpu", "0.31.0rc2"])
 def test_a_release_that_is_tested_is_not_warned_of(
-    version: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    version: str, monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture
 ) -> None:
-    logging.getLogger("vllm_llmd").propagate = True
-    monkeypatch.setattr(vllm_facts.vllm, "__version__", version)
-    vllm_facts.warn_of_what_should_differ(config())
-    assert caplog.text == ""
+    assert warned(monkeypatch, log, version) == ""
 
 
-def test_prefix_caching_that_is_off_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
-    logging.getLogger("vllm_llmd").propagate = True
+def test_prefix_caching_that_is_off_is_warned_of(log: pytest.LogCaptureFixture) -> None:
     vllm_facts.warn_of_what_should_differ(config(caching=False))
-    assert "prefix caching is off" in caplog.text
+    assert "prefix caching is off" in log.text

@@ -19,15 +19,17 @@ from vllm_llmd.kv_connector.exchange import Act, Caller, Exchange, ToDestination
 from vllm_llmd.kv_connector.hints import MAX_SOURCES, read_hint
 from vllm_llmd.kv_connector.lifecycle import Unpin
 from vllm_llmd.kv_connector.orders import ORDER_KEY, HttpOrder, OrderResult
-from vllm_llmd.kv_connector.placing import OrderPolicy, Outside, Placing, ticket_text
+from vllm_llmd.kv_connector.placing import OrderPolicy, Outside, Placing
 from vllm_llmd.kv_connector.room import Room
 from vllm_llmd.kv_connector.seal import Seal
 from vllm_llmd.kv_connector.serving import PinBook, Serving, Streaming
 from vllm_llmd.kv_connector.steps import PlannedOrder, Reader, StepPlan
+from vllm_llmd.kv_connector.ticket import Ticket, ticket_text
 from vllm_llmd.kv_connector.topology import edges, readers_of
 from vllm_llmd.names import EngineId, Epoch, OrderId
 from vllm_llmd.settings import LEASE_MS_RANGE
 from vllm_llmd.testing.clock import FakeClock
+from vllm_llmd.testing.pool import FakeBlock, FakePool
 from vllm_llmd.wire import (
     Ack,
     Announce,
@@ -37,10 +39,9 @@ from vllm_llmd.wire import (
     GroupShape,
     Renew,
     RequestSeen,
-    Ticket,
     decode_peer,
     encode,
-)  # fmt: skip
+)
 
 BLOCK, HEADS = 16, 4
 ME = EngineId("me")
@@ -60,13 +61,6 @@ def policy(tp: int = 1, seal: Seal = SEAL, groups: Sequence[GroupShape] = (Group
 
 
 @dataclass
-class Block:
-    block_id: int
-    refs: int = 0
-    is_null: bool = False
-
-
-@dataclass
 class Request:
     """What the connector reads of a vLLM request."""
 
@@ -82,13 +76,13 @@ class Request:
     priority: int = 0
     trace_headers: None = None
     block_hashes: list[str] = field(default_factory=list)
-    blocks: list[list[Block]] = field(default_factory=list)
+    blocks: list[list[FakeBlock]] = field(default_factory=list)
 
 
 # --- tickets ------------------------------------------------------------------------------------------------------
 
 
-class Source:
+class Source(FakePool):
     """An engine that serves orders: what the scheduler side decides and the ranks' post offices carry on."""
 
     def __init__(self, tp: int, secret: bool, by_layer: bool) -> None:
@@ -100,20 +94,11 @@ class Source:
         self.serving.streaming = Streaming(by_layer, 4, 1 << 18)
         self.ranks = [Exchange() for _ in range(tp)]
         self.requests: dict[str, Request] = {}
-        self.made: list[Block] = []
+        self.made: list[FakeBlock] = []
         self.told: list[tuple[int, ToDestination]] = []
 
-    def blocks_of(self, request_id: str) -> list[list[Block]]:
+    def blocks_of(self, request_id: str) -> list[list[FakeBlock]]:
         return self.requests[request_id].blocks
-
-    def pin(self, blocks: Sequence[Block]) -> None:
-        for block in blocks:
-            block.refs += 1
-
-    def unpin(self, blocks: Sequence[Block]) -> None:
-        for block in blocks:
-            assert block.refs, "let go of more often than held"
-            block.refs -= 1
 
     def arrives(self, request: Request) -> None:
         request.blocks = [[], []]
@@ -129,7 +114,7 @@ class Source:
         until = min(request.num_computed_tokens + tokens, request.num_prompt_tokens)
         for group in request.blocks:
             while len(group) * BLOCK < until:
-                group.append(Block(len(self.made), 1))
+                group.append(FakeBlock(len(self.made), 1))
                 self.made.append(group[-1])
         scheduled = until - request.num_computed_tokens
         self.fill({request.request_id: scheduled} if scheduled else {})

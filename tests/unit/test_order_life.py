@@ -5,7 +5,7 @@ destination. The model holds what every byte of every block should be, and who m
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,10 +23,12 @@ from vllm_llmd.kv_connector.room import Room
 from vllm_llmd.kv_connector.seal import Seal
 from vllm_llmd.kv_connector.serving import PinBook, Serving, Streaming
 from vllm_llmd.kv_connector.steps import PlannedRange, StepPlan
+from vllm_llmd.kv_connector.ticket import Ticket
 from vllm_llmd.kv_connector.topology import edges, readers_of, sources_of
 from vllm_llmd.names import EngineId, Epoch, OrderId, RequestId
 from vllm_llmd.testing.clock import FakeClock
-from vllm_llmd.wire import Geometry, GroupShape, PeerMessage, Ticket
+from vllm_llmd.testing.pool import FakeBlock, FakePool
+from vllm_llmd.wire import Geometry, GroupShape, PeerMessage
 
 LEASE_MS = 1000.0
 HEADS, LAYERS, POOL = 2, 2, 24
@@ -36,13 +38,6 @@ RARELY = st.sampled_from([False, False, False, False, False, True])
 
 Value = tuple[str, int, int, int] | str
 """What one head of one token of one layer holds: the prompt, the token, the layer and the head, or rubbish."""
-
-
-@dataclass
-class Block:
-    block_id: int
-    refs: int = 0
-    is_null: bool = False
 
 
 class Memory:
@@ -66,18 +61,18 @@ class Request:
     prompt: str
     num_prompt_tokens: int
     kv_transfer_params: dict[str, Any]
-    blocks: list[Block] = field(default_factory=list)
+    blocks: list[FakeBlock] = field(default_factory=list)
     num_computed_tokens: int = 0
     lora_request: None = None
 
 
-class SourceEngine:
+class SourceEngine(FakePool):
     """One source, in one life: its requests, its pool, and a post office per rank."""
 
     def __init__(self, name: str, epoch: int, tp: int, block_size: int, by_layer: bool, clock: FakeClock) -> None:
         self.name, self.epoch, self.tp, self.block_size, self.clock = name, Epoch(epoch), tp, block_size, clock
         self.memory = Memory()
-        self.pool = [Block(i) for i in range(POOL)]
+        self.pool = [FakeBlock(i) for i in range(POOL)]
         self.requests: dict[str, Request] = {}
         geometry = Geometry(tp, HEADS, "cells", [GroupShape(block_size, LAYERS)])
         policy = OrderPolicy(
@@ -88,19 +83,11 @@ class SourceEngine:
         self.serving.streaming = Streaming(by_layer, LAYERS, 1 << 20)
         self.ranks = [Exchange() for _ in range(tp)]
 
-    def blocks_of(self, request_id: str) -> tuple[list[Block], ...]:
+    def blocks_of(self, request_id: str) -> tuple[list[FakeBlock], ...]:
         return (self.requests[request_id].blocks,)
 
-    def pin(self, blocks: Sequence[Block]) -> None:
-        for block in blocks:
-            block.refs += 1
-
-    def unpin(self, blocks: Sequence[Block]) -> None:
-        for block in blocks:
-            assert block.refs, "let go of more often than held"
-            block.refs -= 1
-            if not block.refs:
-                self.memory.spoil(block.block_id)
+    def freed(self, block: FakeBlock) -> None:
+        self.memory.spoil(block.block_id)
 
     def allocate(self, request: Request, tokens: int) -> bool:
         """Blocks for so many tokens in all."""

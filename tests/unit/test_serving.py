@@ -1,6 +1,5 @@
 """What the scheduler side serves: which tickets hold, what each step announces, what stays pinned."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,49 +10,35 @@ import pytest
 
 from vllm_llmd.kv_connector.adapters import digest
 from vllm_llmd.kv_connector.orders import ORDER_KEY
-from vllm_llmd.kv_connector.placing import OrderPolicy, ticket_text
+from vllm_llmd.kv_connector.placing import OrderPolicy
 from vllm_llmd.kv_connector.room import Room
 from vllm_llmd.kv_connector.seal import Seal
 from vllm_llmd.kv_connector.serving import PinBook, Serving, Streaming
 from vllm_llmd.kv_connector.steps import StepPlan
+from vllm_llmd.kv_connector.ticket import Ticket, ticket_text
 from vllm_llmd.names import EngineId, Epoch, OrderId, RequestId
 from vllm_llmd.testing.clock import FakeClock
-from vllm_llmd.wire import Geometry, GroupShape, Ticket
+from vllm_llmd.testing.pool import FakeBlock, FakePool
+from vllm_llmd.wire import Geometry, GroupShape
 
 BLOCK = 32
 
 
 @dataclass
-class Block:
-    block_id: int
-    pins: int = 0
-    is_null: bool = False
-
-
-@dataclass
-class Pool:
+class Pool(FakePool):
     """A block pool that counts pins; every request has blocks 100, 101, ..., of the second group 200, 201, ..."""
 
     groups: int = 1
-    blocks: dict[int, Block] = field(default_factory=dict)
+    blocks: dict[int, FakeBlock] = field(default_factory=dict)
 
-    def blocks_of(self, request_id: str) -> list[list[Block]]:
+    def blocks_of(self, request_id: str) -> list[list[FakeBlock]]:
         return [
-            [self.blocks.setdefault(i, Block(i)) for i in range(first, first + 20)]
+            [self.blocks.setdefault(i, FakeBlock(i)) for i in range(first, first + 20)]
             for first in range(100, 100 + 100 * self.groups, 100)
         ]
 
-    def pin(self, blocks: Sequence[Block]) -> None:
-        for block in blocks:
-            block.pins += 1
-
-    def unpin(self, blocks: Sequence[Block]) -> None:
-        for block in blocks:
-            assert block.pins, "unpinned more often than pinned"
-            block.pins -= 1
-
     def pinned(self) -> list[int]:
-        return sorted(block.block_id for block in self.blocks.values() if block.pins)
+        return sorted(block.block_id for block in self.blocks.values() if block.refs)
 
 
 @dataclass
@@ -176,7 +161,7 @@ def test_a_preempted_source_request_announces_nothing_twice() -> None:
     request.num_computed_tokens = 0
     assert strips(b.step(request, 64)) == []
     assert strips(b.step(request, 36)) == [(1, 2, [102, 103], True)]
-    assert max(block.pins for block in b.pool.blocks.values()) == 1
+    assert max(block.refs for block in b.pool.blocks.values()) == 1
 
 
 def test_of_a_window_only_what_the_prompts_last_token_sees_is_announced() -> None:
@@ -207,7 +192,7 @@ def test_the_last_range_may_be_announced_layer_by_layer() -> None:
     assert [(r.message.first_layer, r.message.end_layer, r.message.last) for r in last.ranges] == [
         (0, 1, False), (1, 2, False), (2, 3, False), (3, 4, True)
     ]  # fmt: skip
-    assert b.pool.blocks[102].pins == 4
+    assert b.pool.blocks[102].refs == 4
 
 
 @pytest.mark.parametrize(
