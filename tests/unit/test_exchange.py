@@ -300,3 +300,9 @@ def test_a_later_life_of_a_destination_ends_the_orders_of_the_earlier_one() -> N
     exchange = source()
     assert Unpin(ORDER, (0,)) in exchange.greeted(Caller(CALLER.engine, Epoch(2), 0))
     assert not exchange.busy
+
+
+def test_a_range_is_announced_once_whatever_is_said_of_its_number_later() -> None:
+    exchange = destination()
+    assert reads(exchange.from_source(SOURCE, Announce(ORDER, 0, [Strip(0, 0, [5])], last=False), 10))
+    assert not reads(exchange.from_source(SOURCE, Announce(ORDER, 0, [Strip(0, 1, [6])], last=True), 20))
