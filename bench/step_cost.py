@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from vllm_llmd.kv_connector.layout import LayerView, Memory, TensorView
-from vllm_llmd.kv_connector.scheduler_side import RankIntroduction, SchedulerSide
+from vllm_llmd.kv_connector.scheduler_side import SchedulerSide
 from vllm_llmd.kv_connector.seal import Seal
 from vllm_llmd.kv_connector.staging import HostStaging
 from vllm_llmd.kv_connector.vllm_compat import BlockPoolView
@@ -71,7 +71,7 @@ def sides() -> tuple[SchedulerSide, WorkerSide]:
     )
     scheduler = SchedulerSide(facts, EngineSettings(), "http://127.0.0.1:9")
     scheduler.bind(BlockPoolView(Pool()))
-    scheduler.introduce([RankIntroduction(worker.endpoint, worker.epoch)])
+    scheduler.introduce([worker.introduction()])
     return scheduler, worker
 
 

@@ -18,8 +18,9 @@ from vllm_llmd.kv_connector import device_memory, vllm_compat
 from vllm_llmd.kv_connector.addresses import own_host, own_http
 from vllm_llmd.kv_connector.layout import Memory
 from vllm_llmd.kv_connector.metrics import Metrics, MetricTypes
+from vllm_llmd.kv_connector.own_ranks import RankIntroduction
 from vllm_llmd.kv_connector.report import WorkerReport
-from vllm_llmd.kv_connector.scheduler_side import RankIntroduction, SchedulerSide
+from vllm_llmd.kv_connector.scheduler_side import SchedulerSide
 from vllm_llmd.kv_connector.seal import Seal
 from vllm_llmd.kv_connector.stats import merge
 from vllm_llmd.kv_connector.steps import StepPlan
@@ -197,7 +198,7 @@ class LlmdConnector(KVConnectorBase_V1, SupportsHMA):
         self._worker = WorkerSide(rank, cache, Seal(self._settings.secret))
 
     def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:
-        return HandshakeMetadata(RankIntroduction(self._working.endpoint, self._working.epoch))
+        return HandshakeMetadata(self._working.introduction())
 
     def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
         super().bind_connector_metadata(connector_metadata)

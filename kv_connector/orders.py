@@ -7,7 +7,7 @@ import asyncio
 import logging
 import queue
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,9 +44,13 @@ class OrderResult:
 
 
 class OrderClient:
-    """Places and cancels orders from any thread; results are taken by the engine thread."""
+    """Places and cancels orders from any thread; results are taken by the engine thread.
 
-    def __init__(self, api_key: str | None) -> None:
+    `on_result` is called, from the client's own thread, when there is one to take.
+    """
+
+    def __init__(self, api_key: str | None, on_result: Callable[[], None]) -> None:
+        self._on_result = on_result
         self._headers = {"Content-Type": "application/json"}
         if api_key is not None:
             self._headers["Authorization"] = f"Bearer {api_key}"
@@ -110,6 +114,7 @@ class OrderClient:
             logger.exception("llmd order %s", order.ticket.order)
             error = f"could not be placed: {failure}"
         self._results.put(OrderResult(order.ticket.order, error))
+        self._on_result()
 
     async def _post(self, order: HttpOrder) -> str | None:
         if self._session is None:

@@ -22,7 +22,16 @@ from vllm_llmd.kv_connector.delivery import SourceEndpoint
 from vllm_llmd.kv_connector.exchange import Act, Caller, Exchange, ReadFrom, ToDestination, ToSource
 from vllm_llmd.kv_connector.layout import ADDRESSES, check_regions
 from vllm_llmd.kv_connector.lifecycle import Drained, Outcome, Unpin
-from vllm_llmd.kv_connector.peer_sockets import Callers, FleetChanged, Greeted, Heard, Peer, PeerSettings, Sources
+from vllm_llmd.kv_connector.peer_sockets import (
+    Callers,
+    FleetChanged,
+    Greeted,
+    Heard,
+    Nudged,
+    Peer,
+    PeerSettings,
+    Sources,
+)
 from vllm_llmd.kv_connector.reads import Ended, Reads
 from vllm_llmd.kv_connector.report import WorkerReport
 from vllm_llmd.kv_connector.staging import Staging
@@ -83,6 +92,7 @@ class PeerIo:
         self._report = WorkerReport()
         self._report_lock = threading.Lock()
         self._something = threading.Event()
+        self._nudged = threading.Event()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._poller = zmq.Poller()
         self._callers = Callers(self._context, settings)
@@ -95,6 +105,7 @@ class PeerIo:
             scratch=cache.transport.scratch(),
         )
         self.endpoint = self._callers.endpoint
+        self.own_key = self._callers.own_key
         self._sources = Sources(self._context, self._poller, settings)
         self._reads = Reads(cache.transport, cache.regions, cache.new_staging)
         self._bridges: dict[tuple[SourceEndpoint, HeadSlice | None], Bridge] = {}
@@ -128,10 +139,17 @@ class PeerIo:
         with self._report_lock:
             report, self._report = self._report, WorkerReport()
             self._something.clear()
-        return report
+        return report or None
+
+    def take_nudge(self) -> bool:
+        """Whether the engine core has asked for haste since the last call."""
+        if not self._nudged.is_set():
+            return False
+        self._nudged.clear()
+        return True
 
     def wait(self, timeout_ms: float) -> None:
-        """Block until there is something to take, or for `timeout_ms`."""
+        """Block until there is something to take, or the engine core asks for haste, or for `timeout_ms`."""
         self._something.wait(timeout_ms / 1000)
 
     def check(self) -> None:
@@ -253,6 +271,9 @@ class PeerIo:
                     for endpoint in endpoints:
                         self._sources.reach(endpoint)
                     self._leaving = set(self._sources.endpoints - endpoints)
+                case Nudged():
+                    self._nudged.set()
+                    self._something.set()
 
     def _hear_source(self, endpoint: SourceEndpoint, message: PeerMessage | WireError) -> None:
         match message:

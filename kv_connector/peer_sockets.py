@@ -5,6 +5,7 @@ an address that this rank would then connect to: endpoints come from the members
 """
 
 import logging
+import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ import zmq
 from vllm_llmd.errors import WireError
 from vllm_llmd.kv_connector.delivery import SourceEndpoint
 from vllm_llmd.kv_connector.exchange import Caller
+from vllm_llmd.kv_connector.own_ranks import NUDGE
 from vllm_llmd.kv_connector.seal import Seal
 from vllm_llmd.kv_connector.topology import edges, objection, sources_of
 from vllm_llmd.kv_connector.transport import PeerName
@@ -32,9 +34,6 @@ from vllm_llmd.wire import (
 )
 
 logger = logging.getLogger(__name__)
-
-OWN_LINK = b"link"
-"""Identity under which this engine's own link passes the membership on."""
 
 
 @dataclass(frozen=True)
@@ -85,8 +84,13 @@ class FleetChanged:
     reorders: bool = False
 
 
+@dataclass(frozen=True)
+class Nudged:
+    """This rank's own engine core has something for the next step."""
+
+
 class Callers:
-    """The ROUTER socket on which other ranks reach this one."""
+    """The ROUTER socket on which other ranks reach this one, and its own engine core under the identity `own_key`."""
 
     def __init__(self, context: "zmq.Context[zmq.Socket[bytes]]", settings: PeerSettings) -> None:
         self._settings = settings
@@ -95,11 +99,12 @@ class Callers:
         self.socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
         port = self.socket.bind_to_random_port(f"tcp://{settings.host}")
         self.endpoint = f"tcp://{settings.host}:{port}"
+        self.own_key = secrets.token_hex(16).encode()
         self.greeting: Greeting | None = None
         self._identities: dict[Caller, bytes] = {}
         self._callers: dict[bytes, Caller] = {}
 
-    def hear(self) -> Iterator[Greeted | Heard | FleetChanged]:
+    def hear(self) -> Iterator[Greeted | Heard | FleetChanged | Nudged]:
         """Everything that has arrived. What is unusable is refused and logged."""
         while True:
             try:
@@ -120,9 +125,9 @@ class Callers:
         if caller in self._identities:
             post(self.socket, [self._identities[caller], encode(message)])
 
-    def _read(self, identity: bytes, frame: bytes) -> Greeted | Heard | FleetChanged | None:
-        if identity == OWN_LINK:
-            return self._fleet(frame)
+    def _read(self, identity: bytes, frame: bytes) -> Greeted | Heard | FleetChanged | Nudged | None:
+        if identity == self.own_key:
+            return Nudged() if frame == NUDGE else self._fleet(frame)
         message = decode_peer(frame)
         if isinstance(message, Greet):
             return self._greet(identity, message)

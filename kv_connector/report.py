@@ -18,6 +18,9 @@ class WorkerReport:
     read_ms: float = 0.0
     leases_expired: int = 0
 
+    def __bool__(self) -> bool:
+        return self != WorkerReport()
+
     def add(self, what: Outcome | Drained | Unpin) -> None:
         match what:
             case Outcome():

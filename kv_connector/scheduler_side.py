@@ -3,7 +3,6 @@
 import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
 
@@ -14,6 +13,7 @@ from vllm_llmd.kv_connector.lifecycle import Outcome
 from vllm_llmd.kv_connector.link import EngineLink, LinkSettings
 from vllm_llmd.kv_connector.load import LoadCounter
 from vllm_llmd.kv_connector.orders import OrderClient
+from vllm_llmd.kv_connector.own_ranks import OwnRanks, RankIntroduction
 from vllm_llmd.kv_connector.placing import OrderPolicy, Outside, Placing
 from vllm_llmd.kv_connector.quarantine import Quarantine
 from vllm_llmd.kv_connector.report import WorkerReport
@@ -22,28 +22,29 @@ from vllm_llmd.kv_connector.seal import Seal
 from vllm_llmd.kv_connector.serving import PinBook, Serving, Streaming
 from vllm_llmd.kv_connector.stats import TransferCounts
 from vllm_llmd.kv_connector.steps import StepPlan
-from vllm_llmd.kv_connector.vllm_compat import BlockPoolView, event_hashes, to_block_events, waits_for_kv
+from vllm_llmd.kv_connector.vllm_compat import (
+    BlockPoolView,
+    event_hashes,
+    forget_arrivals,
+    on_arrival,
+    to_block_events,
+    waits_for_kv,
+)
 from vllm_llmd.kv_connector.vllm_facts import EngineFacts
-from vllm_llmd.kv_connector.warmer import Warmer
-from vllm_llmd.names import BlockName, EngineId, Epoch, RequestId
+from vllm_llmd.names import BlockName, EngineId, RequestId
 from vllm_llmd.settings import EngineSettings
 from vllm_llmd.wire import EngineInfo, Load
 
 logger = logging.getLogger(__name__)
 
-IDLE_WAIT_MS = 10.0
-"""How long a worker may block for I/O in a step that computes nothing; a new request waits as long at worst."""
+WAIT_MS = 100.0
+"""How long a worker may block for I/O in a step that computes nothing. New requests and failed orders end the wait."""
+
+DEAF_WAIT_MS = 10.0
+"""The same where vLLM does not let us know of new requests: they may then wait for two such steps to pass."""
 
 STARVED_MS = 1000.0
 """An engine that computes nothing for so long although requests could run has given too many blocks to waiting ones."""
-
-
-@dataclass(frozen=True)
-class RankIntroduction:
-    """What a worker rank tells the scheduler side at start."""
-
-    endpoint: str
-    epoch: Epoch
 
 
 class SchedulerSide:
@@ -89,8 +90,8 @@ class SchedulerSide:
             geometry=facts.geometry,
             priorities=facts.priorities,
         )
-        self._warmer = Warmer(info.workers)
-        link = LinkSettings(info, settings.routers, self.read_load, tuple(settings.peers), self._warmer.members_changed)
+        self._ranks = OwnRanks(ranks)
+        link = LinkSettings(info, settings.routers, self.read_load, tuple(settings.peers), self._ranks.members_changed)
         self._link = EngineLink(link)
         policy = OrderPolicy(
             me=info.id,
@@ -104,12 +105,13 @@ class SchedulerSide:
             lease_ms=settings.lease_ms,
             seal=Seal(settings.secret),
         )
-        self._client = OrderClient(settings.api_key)
+        self._client = OrderClient(settings.api_key, self._nudge)
         room = Room(self._pool.capacity)
         self._placing = Placing(policy, Outside(self._client, self._link.members, room, waits_for_kv, self._clock))
         self._pins = PinBook(self._pool)
         self._serving = Serving(policy, self._pool, self._pins, room, self._clock)
         self._serving.streaming = Streaming(settings.stream == "layers", len(facts.layers), facts.layer_bytes)
+        self._wait_ms = WAIT_MS if on_arrival(self._nudge) else DEAF_WAIT_MS
         self._link.start()
         logger.info("llmd engine %s (%s) at %s, workers %s", info.id, info.role, info.http, info.workers)
 
@@ -157,8 +159,8 @@ class SchedulerSide:
         self._serving.fill(plan, scheduled)
         for request_id in self._prefilling.keys() & scheduled.keys():
             self._note_progress(self._prefilling[request_id], scheduled[request_id])
-        if not scheduled and (self._placing or self._pins or self._quarantine):
-            plan.wait_ms = IDLE_WAIT_MS
+        if not scheduled and self._waits_for_io:
+            plan.wait_ms = self._wait_ms
         self._update_load()
         return plan
 
@@ -197,6 +199,16 @@ class SchedulerSide:
         elif now_ms - self._computed_ms > STARVED_MS:
             self._computed_ms = now_ms
             self._placing.give_way()
+
+    @property
+    def _waits_for_io(self) -> bool:
+        """Whether I/O has something in hand that a later step must hear of."""
+        return bool(self._placing or self._pins or self._quarantine)
+
+    def _nudge(self) -> None:
+        """A request has arrived, or the end of an order; called from other threads."""
+        if self._waits_for_io:
+            self._ranks.nudge()
 
     @property
     def keep_stepping(self) -> bool:
@@ -258,5 +270,7 @@ class SchedulerSide:
         return counts if counts else None
 
     def close(self) -> None:
+        forget_arrivals(self._nudge)
         self._link.close()
         self._client.close()
+        self._ranks.close()

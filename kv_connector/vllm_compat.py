@@ -5,7 +5,7 @@ What releases differ in ends here: see docs/decisions/0010-vllm-versions.md.
 
 import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -194,6 +194,42 @@ def spin_briefly() -> None:
 
     wait.spins_briefly = True  # type: ignore[attr-defined]
     SpinCondition.wait = wait
+
+
+_arrival_listeners: list[Callable[[], None]] = []
+
+
+def on_arrival(listener: Callable[[], None]) -> bool:
+    """Call `listener` whenever a request has reached this process, in the thread that receives it.
+
+    While a step is under way, the engine thread does not look. Returns False if this vLLM offers no such moment.
+    """
+    try:
+        from vllm.v1.engine.core import EngineCore
+
+        theirs = EngineCore.preprocess_add_request
+    except (ImportError, AttributeError):
+        logger.warning("this vLLM does not tell of new requests: an engine that waits for KV looks for them often")
+        return False
+    _arrival_listeners.append(listener)
+    if getattr(theirs, "tells_of_arrivals", False):
+        return True
+
+    def preprocess_add_request(self: Any, request: Any) -> Any:
+        preprocessed = theirs(self, request)
+        for tell in _arrival_listeners:
+            tell()
+        return preprocessed
+
+    preprocess_add_request.tells_of_arrivals = True  # type: ignore[attr-defined]
+    EngineCore.preprocess_add_request = preprocess_add_request
+    return True
+
+
+def forget_arrivals(listener: Callable[[], None]) -> None:
+    """Undo `on_arrival`."""
+    if listener in _arrival_listeners:
+        _arrival_listeners.remove(listener)
 
 
 # --- the worker -----------------------------------------------------------------------------------------------

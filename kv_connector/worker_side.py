@@ -10,6 +10,7 @@ from vllm_llmd.clock import MonotonicClock
 from vllm_llmd.kv_connector.exchange import Caller, Expect
 from vllm_llmd.kv_connector.layout import LayerView, Memory, pack_regions
 from vllm_llmd.kv_connector.nixl_transport import NixlTransport
+from vllm_llmd.kv_connector.own_ranks import RankIntroduction
 from vllm_llmd.kv_connector.peer_io import CacheAccess, Command, PeerIo
 from vllm_llmd.kv_connector.peer_sockets import PeerSettings
 from vllm_llmd.kv_connector.report import WorkerReport
@@ -21,6 +22,11 @@ from vllm_llmd.names import EngineId, Epoch, RequestId
 from vllm_llmd.wire import Geometry
 
 logger = logging.getLogger(__name__)
+
+STEPS_AFTER_LOAD = 2
+STEPS_AFTER_NUDGE = 3
+"""How many steps wait for nothing, from the one that tells of a load's end, or in which a nudge arrives: vLLM plans a
+step ahead, so the one that takes up what has come is the next but one. A nudge may come while that one is planned."""
 
 
 @dataclass(frozen=True)
@@ -85,12 +91,11 @@ class WorkerSide:
         self._io.start()
         self._ranges: list[PlannedRange] = []
         self._wait_ms = 0.0
-        self._told = False
+        self._haste = 0
         logger.info("llmd worker %s rank %d at %s", facts.engine, facts.rank, self._io.endpoint)
 
-    @property
-    def endpoint(self) -> str:
-        return self._io.endpoint
+    def introduction(self) -> RankIntroduction:
+        return RankIntroduction(self._io.endpoint, self.epoch, self._io.own_key)
 
     def begin_step(self, plan: StepPlan) -> None:
         """Loads start before the forward does, so that reads and compute overlap."""
@@ -112,21 +117,25 @@ class WorkerSide:
             self._announce(ready)
 
     def end_step(self) -> Results:
-        """Announces what this step makes ready; waits a moment for I/O if the step computed nothing.
-
-        Not in the step after one that told of a load's end: vLLM plans a step ahead, and the one that computes what
-        has been loaded is behind this one.
-        """
+        """Announces what this step makes ready; waits for I/O if the step computes nothing and there is no haste."""
         if self._ranges:
             self._announce(len(self._ranges))
-        report = self._io.take()
-        if report is None and self._wait_ms and not self._told:
+        report = self._take()
+        if report is None and self._wait_ms and not self._haste:
             self._io.wait(self._wait_ms)
-            report = self._io.take()
-        self._told = report is not None and bool(report.outcomes)
+            report = self._take()
+        self._haste = max(self._haste - 1, 0)
         self._wait_ms = 0.0
         self._io.check()
         return NOTHING if report is None else _results(report)
+
+    def _take(self) -> WorkerReport | None:
+        report = self._io.take()
+        if self._io.take_nudge():
+            self._haste = STEPS_AFTER_NUDGE
+        elif report is not None and report.outcomes:
+            self._haste = max(self._haste, STEPS_AFTER_LOAD)
+        return report
 
     def _announce(self, count: int) -> None:
         ready, self._ranges = self._ranges[:count], self._ranges[count:]

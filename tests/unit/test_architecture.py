@@ -69,7 +69,7 @@ HOMES: dict[str, tuple[str, ...]] = {
         "kv_connector/link.py",
         "kv_connector/peer_io.py",
         "kv_connector/peer_sockets.py",
-        "kv_connector/warmer.py",
+        "kv_connector/own_ranks.py",
         "router/ingest.py",
     ),
     "vllm": ("kv_connector/connector.py", "kv_connector/vllm_", "vllm_llmd/plugin.py"),

@@ -14,8 +14,9 @@ from vllm_llmd.kv_connector.delivery import SourceEndpoint
 from vllm_llmd.kv_connector.exchange import Caller, Expect
 from vllm_llmd.kv_connector.layout import LayerView, Memory, TensorView, pack_regions
 from vllm_llmd.kv_connector.lifecycle import CANCELLED, OrderSpec, Wanted
+from vllm_llmd.kv_connector.own_ranks import NUDGE, OwnRanks, RankIntroduction
 from vllm_llmd.kv_connector.peer_io import CacheAccess, PeerIo
-from vllm_llmd.kv_connector.peer_sockets import OWN_LINK, PeerSettings
+from vllm_llmd.kv_connector.peer_sockets import PeerSettings
 from vllm_llmd.kv_connector.report import WorkerReport
 from vllm_llmd.kv_connector.seal import Seal
 from vllm_llmd.kv_connector.staging import HostStaging
@@ -252,12 +253,33 @@ def test_the_membership_makes_a_rank_connect_before_the_first_order(ranks: Calla
     warmed: list[int] = []
     destination.transport.hold = lambda plan: bool(warmed.append(plan.bytes))
     info = EngineInfo(EngineId("source"), Epoch(1), "both", "", [], 1, 1, 1, "same", [source.io.endpoint])
-    with zmq.Context() as context, context.socket(zmq.DEALER) as link:
-        link.linger = 0
-        link.setsockopt(zmq.IDENTITY, OWN_LINK)
-        link.connect(destination.io.endpoint)
-        link.send(encode(Members([info])))
-        deadline = time.monotonic() + 10
-        while not warmed and time.monotonic() < deadline:
-            time.sleep(0.01)
+    own = OwnRanks([RankIntroduction(destination.io.endpoint, Epoch(1), destination.io.own_key)])
+    own.members_changed({info.id: info})
+    deadline = time.monotonic() + 10
+    while not warmed and time.monotonic() < deadline:
+        time.sleep(0.01)
+    own.close()
     assert warmed == [SCRATCH]
+
+
+@pytest.mark.parametrize("identity", [b"link", b"0" * 32])
+def test_nobody_else_can_pass_a_membership_on_or_nudge(ranks: Callable[..., Rank], identity: bytes) -> None:
+    rank = ranks("rank")
+    with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
+        socket.linger = 0
+        socket.setsockopt(zmq.IDENTITY, identity)
+        socket.connect(rank.io.endpoint)
+        for frame in (encode(Members([])), NUDGE):
+            socket.send(frame)
+            assert socket.poll(5000)
+            assert isinstance(decode_peer(socket.recv()), Refused)
+    assert not rank.io.take_nudge()
+
+
+def test_a_nudge_is_nothing_to_report(ranks: Callable[..., Rank]) -> None:
+    rank = ranks("rank")
+    own = OwnRanks([RankIntroduction(rank.io.endpoint, Epoch(1), rank.io.own_key)])
+    own.nudge()
+    rank.io.wait(10_000)
+    own.close()
+    assert (rank.io.take(), rank.io.take_nudge(), rank.io.take_nudge()) == (None, True, False)

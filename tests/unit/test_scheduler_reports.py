@@ -1,7 +1,7 @@
 """What the scheduler side does with the workers' reports: release, quarantine, start afresh."""
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from vllm_llmd.kv_connector.lifecycle import CANCELLED, Drained, Outcome
+from vllm_llmd.kv_connector.own_ranks import RankIntroduction
 from vllm_llmd.kv_connector.report import WorkerReport
 from vllm_llmd.names import Epoch, OrderId, RequestId
 from vllm_llmd.settings import EngineSettings
@@ -17,7 +18,8 @@ from vllm_llmd.wire import Geometry, GroupShape
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what torch deprecates as vLLM imports it is not ours to mend
     pytest.importorskip("vllm")
-    from vllm_llmd.kv_connector.scheduler_side import RankIntroduction, SchedulerSide
+    from vllm_llmd.kv_connector import scheduler_side
+    from vllm_llmd.kv_connector.scheduler_side import DEAF_WAIT_MS, WAIT_MS, SchedulerSide
     from vllm_llmd.kv_connector.vllm_compat import BlockPoolView
     from vllm_llmd.kv_connector.vllm_facts import EngineFacts, Layer
 
@@ -75,7 +77,7 @@ def side_of(pool: Pool, groups: int) -> Iterator[SchedulerSide]:
     facts = EngineFacts("me", "decode", ("m",), 32, 16, 999, geometry, layers, 4096, 32, True, False, "same")
     side = SchedulerSide(facts, EngineSettings(), "http://me")
     side.bind(BlockPoolView(pool))
-    side.introduce([RankIntroduction("tcp://127.0.0.1:9", Epoch(1))])
+    side.introduce([RankIntroduction("tcp://127.0.0.1:9", Epoch(1), b"key")])
     yield side
     side.close()
 
@@ -178,3 +180,41 @@ def test_events_are_handed_on_only_where_vllm_publishes_them_itself(side: Schedu
 def test_the_pool_is_made_to_tell_of_its_blocks(pool: Pool) -> None:
     assert not BlockPoolView(pool).published
     assert pool.enable_kv_cache_events
+
+
+class Nudges:
+    """What stands in for vLLM's arrivals and the way to the ranks."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, told: bool) -> None:
+        self.count = 0
+        self.listeners: list[Callable[[], None]] = []
+        monkeypatch.setattr(scheduler_side, "on_arrival", lambda heard: self.listeners.append(heard) or told)
+        monkeypatch.setattr(scheduler_side, "forget_arrivals", self.listeners.remove)
+        monkeypatch.setattr(scheduler_side.OwnRanks, "nudge", lambda ranks: self._nudge())
+
+    def _nudge(self) -> None:
+        self.count += 1
+
+
+@pytest.mark.parametrize(("told", "wait_ms"), [(True, WAIT_MS), (False, DEAF_WAIT_MS)])
+def test_a_step_waits_for_io_alone_and_shorter_where_arrivals_are_not_heard_of(
+    monkeypatch: pytest.MonkeyPatch, pool: Pool, told: bool, wait_ms: float
+) -> None:
+    Nudges(monkeypatch, told)
+    with side_of(pool, groups=1) as side:
+        assert side.plan_step({}).wait_ms == 0
+        side.take_report(outcome("source stalled", missing=(2,), quarantined=(2,)), [])
+        assert side.plan_step({}).wait_ms == wait_ms
+        assert side.plan_step({"r": 1}).wait_ms == 0
+
+
+def test_an_arrival_nudges_ranks_that_may_wait(monkeypatch: pytest.MonkeyPatch, pool: Pool) -> None:
+    nudges = Nudges(monkeypatch, told=True)
+    with side_of(pool, groups=1) as side:
+        (arrived,) = nudges.listeners
+        arrived()
+        assert nudges.count == 0, "no step waits"
+        side.take_report(outcome("source stalled", missing=(2,), quarantined=(2,)), [])
+        arrived()
+        assert nudges.count == 1
+    assert nudges.listeners == []

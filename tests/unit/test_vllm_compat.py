@@ -124,6 +124,43 @@ def test_nothing_is_changed_where_vllm_hands_over_its_manager(
     assert managers.__init__ is theirs
 
 
+class Core:
+    """vLLM's engine core, as far as `on_arrival` goes."""
+
+    def preprocess_add_request(self, request: str) -> tuple[str, int]:
+        return request.upper(), 3
+
+
+def test_listeners_hear_of_each_request_until_they_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vllm.v1.engine.core.EngineCore", Core)
+    monkeypatch.setattr(vllm_compat, "_arrival_listeners", [])
+    monkeypatch.setattr(Core, "preprocess_add_request", Core.preprocess_add_request)
+    heard: list[str] = []
+
+    def one() -> None:
+        heard.append("one")
+
+    def other() -> None:
+        heard.append("other")
+
+    assert vllm_compat.on_arrival(one)
+    changed = Core.preprocess_add_request
+    assert vllm_compat.on_arrival(other)
+    assert Core.preprocess_add_request is changed, "it is not changed twice"
+    assert Core().preprocess_add_request("r") == ("R", 3)
+    vllm_compat.forget_arrivals(one)
+    Core().preprocess_add_request("r")
+    assert heard == ["one", "other", "other"]
+
+
+def test_an_engine_core_of_an_unknown_kind_is_warned_of(
+    monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("vllm.v1.engine.core.EngineCore", object)
+    assert not vllm_compat.on_arrival(lambda: None)
+    assert "does not tell of new requests" in log.text
+
+
 def connector(groups: int, results: Results) -> tuple[LlmdConnector, list[BlockPoolView]]:
     """A connector as it is once started, between sides that do as little as possible; and the pools it has bound."""
     pools: list[BlockPoolView] = []
