@@ -25,3 +25,9 @@ def test_an_engine_says_who_it_is_and_joins_once(lab) -> None:
     log = lab.fleet.engine("decode-0").log.read_text()
     assert "llmd engine decode-0 (decode) at http://127.0.0.1:" in log
     assert "kv_load_failure_policy is" not in log
+
+
+def test_the_connector_finds_all_that_it_looks_for_in_vllm(lab) -> None:
+    log = lab.fleet.engine("decode-0").log.read_text()
+    assert "vllm-llmd: waiting for KV may cost a core" not in log
+    assert "does not tell of new requests" not in log
