@@ -70,6 +70,20 @@ class _Detour:
 _Pattern = tuple[_Runs | None, tuple[_Detour, ...]]
 
 
+@dataclass(frozen=True)
+class _Outline:
+    """What a pair of blocks takes in several regions.
+
+    Run `i` of `sizes[i]` bytes starts at `local[i, 0]` plus `local[i, 1]` per block here, and likewise at the source.
+    `detours` come with their region.
+    """
+
+    local: npt.NDArray[np.uint64]
+    remote: npt.NDArray[np.uint64]
+    sizes: npt.NDArray[np.uint64]
+    detours: tuple[tuple[int, _Detour], ...]
+
+
 class Bridge:
     """How to read from one source rank, whose regions have been checked.
 
@@ -89,6 +103,7 @@ class Bridge:
         self._layers = np.array(local.layers)
         self._groups = np.array(local.groups)
         self._patterns: dict[tuple[int, ...], _Pattern] = {}
+        self._outlines: dict[tuple[int, ...], _Outline] = {}
         for region in range(len(here)):
             self._check(region)
 
@@ -98,20 +113,17 @@ class Bridge:
         Example: blocks 4,5,6 into 9,10,12, layers apart and blocks dense, are two runs a layer.
         Raises ConfigError if a block id or a part of a block is out of range.
         """
-        locals_, remotes, detours = [], [], []
-        for (group, local_part, remote_part), pairs in self._by_kind(cells).items():
+        locals_, remotes = [np.zeros((0, 3), np.uint64)], [np.zeros((0, 3), np.uint64)]
+        staged: list[Staged] = []
+        for (group, *parts), pairs in self._by_kind(cells).items():
+            outline = self._outline(group, parts[0], parts[1], first_layer, end_layer)
             here, there = pairs[:, 0], pairs[:, 1]
-            for region in self._regions(group, first_layer, end_layer):
-                runs, staged = self._pattern(region, local_part, remote_part)
-                local_base = np.uint64(self._local.bases[region]) + here * np.uint64(self._local.strides[region])
-                remote_base = np.uint64(self._remote.bases[region]) + there * np.uint64(self._remote.strides[region])
-                if runs is not None:
-                    locals_.append(_rows(local_base, runs.local, runs.sizes, self._local.device_id))
-                    remotes.append(_rows(remote_base, runs.remote, runs.sizes, self._remote.device_id))
-                detours += [self._staged(detour, local_base, remote_base) for detour in staged]
-        local = np.concatenate(locals_) if locals_ else np.zeros((0, 3), np.uint64)
-        remote = np.concatenate(remotes) if remotes else np.zeros((0, 3), np.uint64)
-        return ReadWork(*merge(local, remote), tuple(detours))
+            for runs, blocks, rows in ((outline.local, here, locals_), (outline.remote, there, remotes)):
+                rows.append(_rows(runs, blocks, outline.sizes))
+            staged += [self._staged(region, detour, here, there) for region, detour in outline.detours]
+        local, remote = np.concatenate(locals_), np.concatenate(remotes)
+        local[:, 2], remote[:, 2] = self._local.device_id, self._remote.device_id
+        return ReadWork(*merge(local, remote), tuple(staged))
 
     def _by_kind(self, cells: Sequence[CellCopy]) -> dict[tuple[int, int, int], npt.NDArray[np.uint64]]:
         kinds: dict[tuple[int, int, int], list[tuple[int, int]]] = {}
@@ -155,9 +167,43 @@ class Bridge:
             and self._local.block_bytes[region] == self._remote.block_bytes[region]
         )
 
-    def _staged(self, detour: _Detour, local: npt.NDArray[np.uint64], remote: npt.NDArray[np.uint64]) -> Staged:
-        at_remote, at_local = remote + np.uint64(detour.remote), local + np.uint64(detour.local)
-        return Staged(at_remote, self._remote.device_id, at_local, detour.piece_bytes, detour.grid)
+    def _staged(
+        self, region: int, detour: _Detour, here: npt.NDArray[np.uint64], there: npt.NDArray[np.uint64]
+    ) -> Staged:
+        return Staged(
+            remote=_blocks_at(self._remote, region, there) + np.uint64(detour.remote),
+            device_id=self._remote.device_id,
+            local=_blocks_at(self._local, region, here) + np.uint64(detour.local),
+            piece_bytes=detour.piece_bytes,
+            grid=detour.grid,
+        )
+
+    def _outline(self, group: int, local_part: int, remote_part: int, first_layer: int, end_layer: int) -> _Outline:
+        key = (group, local_part, remote_part, first_layer, end_layer)
+        if key not in self._outlines:
+            regions = self._regions(group, first_layer, end_layer)
+            patterns = [(region, self._pattern(region, local_part, remote_part)) for region in regions]
+            self._outlines[key] = self._new_outline(patterns)
+        return self._outlines[key]
+
+    def _new_outline(self, patterns: list[tuple[int, _Pattern]]) -> _Outline:
+        """Runs of one pair of blocks through all regions. Those that go on from region to region become one."""
+        by_strides: dict[tuple[int, int], list[_Runs]] = {}
+        for region, (runs, _) in patterns:
+            if runs is not None:
+                bases = np.uint64(self._local.bases[region]), np.uint64(self._remote.bases[region])
+                strides = self._local.strides[region], self._remote.strides[region]
+                moved = _Runs(runs.local + bases[0], runs.remote + bases[1], runs.sizes)
+                by_strides.setdefault(strides, []).append(moved)
+        local, remote = [np.zeros((0, 2), np.uint64)], [np.zeros((0, 2), np.uint64)]
+        sizes = [np.zeros(0, np.uint64)]
+        for strides, found in by_strides.items():
+            together = _merged(_concatenate(found))
+            local.append(_with(together.local, strides[0]))
+            remote.append(_with(together.remote, strides[1]))
+            sizes.append(together.sizes)
+        detours = tuple((region, detour) for region, (_, detours) in patterns for detour in detours)
+        return _Outline(np.concatenate(local), np.concatenate(remote), np.concatenate(sizes), detours)
 
     def _pattern(self, region: int, local_part: int, remote_part: int) -> _Pattern:
         sides = (self._local.kinds[region], self._remote.kinds[region], self._local.block_bytes[region])
@@ -212,14 +258,27 @@ def one_run(address: int, length: int) -> Runs:
     return np.array([[address, length, 0]], dtype=np.uint64)
 
 
-def _rows(
-    bases: npt.NDArray[np.uint64], offsets: npt.NDArray[np.uint64], sizes: npt.NDArray[np.uint64], device: int
-) -> Runs:
-    rows = np.empty((len(bases) * len(offsets), 3), dtype=np.uint64)
-    rows[:, 0] = (bases[:, None] + offsets[None, :]).ravel()
-    rows[:, 1] = np.tile(sizes, len(bases))
-    rows[:, 2] = device
-    return rows
+def _rows(runs: npt.NDArray[np.uint64], blocks: npt.NDArray[np.uint64], sizes: npt.NDArray[np.uint64]) -> Runs:
+    """The runs of an outline for these blocks; the device is left open."""
+    rows = np.empty((len(blocks), len(runs), 3), dtype=np.uint64)
+    rows[:, :, 0] = runs[:, 0] + blocks[:, None] * runs[:, 1]
+    rows[:, :, 1] = sizes
+    return rows.reshape(-1, 3)
+
+
+def _blocks_at(side: Regions, region: int, blocks: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    return np.uint64(side.bases[region]) + blocks * np.uint64(side.strides[region])
+
+
+def _with(addresses: npt.NDArray[np.uint64], stride: int) -> npt.NDArray[np.uint64]:
+    return np.stack([addresses, np.full_like(addresses, stride)], axis=1)
+
+
+def _merged(runs: _Runs) -> _Runs:
+    """`merge` for runs that are alike on both sides but for their addresses."""
+    local, remote = (np.stack([at, runs.sizes, runs.sizes], axis=1) for at in (runs.local, runs.remote))
+    local, remote = merge(local, remote)
+    return _Runs(local[:, 0], remote[:, 0], local[:, 1])
 
 
 def _one_run(local: int, remote: int, size: int) -> _Runs:
@@ -242,11 +301,8 @@ def _runs_of(grid: Grid, here: int, there: int) -> _Runs | None:
     local = (here + heads * grid.destination.head + tokens * grid.destination.token).ravel()
     remote = (there + heads * grid.source.head + tokens * grid.source.token).ravel()
     sizes = np.full(len(local), grid.channels * grid.item_bytes)
-    rows_local, rows_remote = (np.stack([at, sizes, sizes], axis=1).astype(np.uint64) for at in (local, remote))
-    merged, there_merged = merge(rows_local, rows_remote)
-    if merged[:, 1].mean() < MIN_RUN_BYTES:
-        return None
-    return _Runs(merged[:, 0], there_merged[:, 0], merged[:, 1])
+    merged = _merged(_Runs(local.astype(np.uint64), remote.astype(np.uint64), sizes.astype(np.uint64)))
+    return None if merged.sizes.mean() < MIN_RUN_BYTES else merged
 
 
 def _detours(grid: Grid, here: int, there: int) -> list[_Detour]:

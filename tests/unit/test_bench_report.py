@@ -137,8 +137,9 @@ def raw(transport: Any, layout: str, fragmented_ms: float) -> RawRead:
     return RawRead(transport=transport, layout=layout, turn=0, bytes=1, fragmented_ms=fragmented_ms, contiguous_ms=9.0)
 
 
-def test_the_slowest_kind_of_scattered_read_is_told() -> None:
-    assert line(raw_reads=[raw("shm", "layers", 10.0), raw("tcp", "blocks", 12.0)])["read_vs_contiguous"] == 0.75
+def test_the_slower_transport_is_told_of_with_the_layout_that_engines_have() -> None:
+    reads = [raw("shm", "layers", 90.0), raw("shm", "blocks", 10.0), raw("tcp", "blocks", 12.0)]
+    assert line(raw_reads=reads)["read_vs_contiguous"] == 0.75
 
 
 def first(first_ms: float, model: str = "small") -> FirstOrder:
