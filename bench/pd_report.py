@@ -48,7 +48,9 @@ def last_line(results: Results) -> dict[str, object]:
         "extra_vs_intree_quiet_tcp": {"6000": extra_vs_quiet(Of(transport="tcp", load="6000").among(samples))},
         "arrived_before_prefill_end": {"6000": _worst(_arrived(samples, "6000"), min)},
         "idle_cpu": idle_extra(results),
-        "read_vs_contiguous": _worst([v for (_, layout), v in read_speeds(results).items() if layout == ENGINE_LAYOUT], min),
+        "read_vs_contiguous": _worst(
+            [v for (_, layout), v in read_speeds(results).items() if layout == ENGINE_LAYOUT], min
+        ),
         "first_request_penalty_ms": first_request_penalty_ms(results, results.settings.models[-1]),
     }
 
