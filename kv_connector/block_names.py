@@ -7,8 +7,10 @@ from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
+import numpy as np
 
-from vllm_llmd.kernels.hash_chain import ROOT, block_name
+from vllm_llmd.kernels.hash_chain import ROOT, digest, token_bytes
+from vllm_llmd.kernels.hash_chain_cpu import UNSALTED, Names, chain_names
 from vllm_llmd.names import BlockName
 
 
@@ -85,23 +87,35 @@ class BlockNamer:
         size = self._block_size
         if len(event.token_ids) != size * len(event.hashes):
             return  # a partial block: reachable inside vLLM, but not by name
-        parent = ROOT if event.parent is None else self._names.get(event.parent)
-        for i, block_hash in enumerate(event.hashes):
-            name = self._names.get(block_hash)
-            if name is None and parent is None:
-                self.unnamed += 1
-                continue
-            if name is None:
-                assert parent is not None
-                salt = b"" if not event.salts or not event.salts[i] else msgspec.msgpack.encode(event.salts[i])
-                name = block_name(parent, event.token_ids[i * size : (i + 1) * size], salt)
+        parent, first = self._parent_of(event)
+        if parent is None:
+            return
+        tokens = np.frombuffer(token_bytes(event.token_ids[first * size :]), np.uint32)
+        names = chain_names(tokens, size, parent, _digests(event.salts, first)).tolist()
+        for block_hash, name in zip(event.hashes[first:], names, strict=True):
+            if block_hash not in self._names:
                 self._names[block_hash] = name
                 if name in change.removed:
                     change.removed.discard(name)
                 else:
                     change.stored.add(name)
             self._copies[block_hash] = self._copies.get(block_hash, 0) + 1
-            parent = name
+
+    def _parent_of(self, event: Stored) -> tuple[BlockName | None, int]:
+        """The parent's name, and the first block after it: further on in the event if the real parent is unknown."""
+        if event.parent is None:
+            return ROOT, 0
+        parent = self._names.get(event.parent)
+        first = 0
+        while parent is None and first < len(event.hashes):
+            block_hash = event.hashes[first]
+            parent = self._names.get(block_hash)
+            if parent is None:
+                self.unnamed += 1
+            else:
+                self._copies[block_hash] += 1
+            first += 1
+        return parent, first
 
     def _remove(self, event: Removed, change: NetChange) -> None:
         for block_hash in event.hashes:
@@ -115,3 +129,11 @@ class BlockNamer:
                     change.stored.discard(name)
                 else:
                     change.removed.add(name)
+
+
+def _digests(salts: Sequence[object] | None, first: int) -> Names:
+    """What the salts of the blocks from `first` on contribute to their names."""
+    if not salts or not any(salts[first:]):
+        return UNSALTED
+    encoded = [msgspec.msgpack.encode(salt) if salt else b"" for salt in salts[first:]]
+    return np.array([digest(salt) for salt in encoded], np.uint64)

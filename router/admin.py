@@ -44,7 +44,7 @@ class Admin:
         cursor = self._fleet.cursor(engine)
         if cursor is None:
             return replies.error(404, f"There is no engine {engine}.", "engine_not_found")
-        names = sorted(self._fleet.index.held(engine))
+        names = sorted(self._fleet.index.held(engine).tolist())
         return web.json_response({"seq": cursor.seq, "exact": cursor.exact, "names": [str(name) for name in names]})
 
     def _shown(self, engine: Engine) -> dict[str, object]:
@@ -57,7 +57,7 @@ class Admin:
             "http": info.http,
             "models": info.models,
             "load": {name: getattr(load, name) for name in load.__struct_fields__},
-            "blocks_indexed": self._fleet.index.size(info.id),
+            "blocks_indexed": self._fleet.index.contents(info.id).blocks,
         }
 
 

@@ -4,21 +4,24 @@ Pure. The contract: whatever is dropped, doubled or reordered, once a snapshot a
 through, the changes returned here make the index equal to what the engine holds.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from vllm_llmd.names import BlockName
-from vllm_llmd.wire import BlocksChanged, Heartbeat, Snapshot, unpack_names
+from vllm_llmd.errors import MalformedMessageError
+from vllm_llmd.wire import BlocksChanged, Heartbeat, Snapshot
 
 CHANGES_KEPT: Final = 10_000
+NAME_BYTES: Final = 8
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What to do to the index, in this order, and why to ask for a snapshot (None: no need)."""
+    """What to do to the index, in this order, and why to ask for a snapshot (None: no need).
 
-    replace: Sequence[BlockName] | None = None
+    `replace` are packed names.
+    """
+
+    replace: bytes | None = None
     changes: tuple[BlocksChanged, ...] = ()
     snapshot_wanted: str | None = None
 
@@ -29,7 +32,7 @@ class _Parts:
 
     seq: int
     parts: int
-    names: dict[int, list[BlockName]] = field(default_factory=dict)
+    names: dict[int, bytes] = field(default_factory=dict)
 
 
 class Cursor:
@@ -74,13 +77,15 @@ class Cursor:
 
     def on_snapshot(self, snapshot: Snapshot, now_ms: float) -> Outcome:
         """Raises MalformedMessageError if the names are not whole."""
+        if len(snapshot.names) % NAME_BYTES:
+            raise MalformedMessageError(f"packed block names need a multiple of 8 bytes; got {len(snapshot.names)}")
         if self.exact or snapshot.seq < self.seq or not 0 <= snapshot.part < snapshot.parts:
             return Outcome()
         if self._parts is None or self._parts.seq < snapshot.seq or self._parts.parts != snapshot.parts:
             self._parts = _Parts(snapshot.seq, snapshot.parts)
         elif self._parts.seq > snapshot.seq:
             return Outcome()
-        self._parts.names[snapshot.part] = unpack_names(snapshot.names)
+        self._parts.names[snapshot.part] = snapshot.names
         if len(self._parts.names) < self._parts.parts:
             return Outcome()
         return self._complete(self._parts, now_ms)
@@ -92,7 +97,7 @@ class Cursor:
         return self.lose("no snapshot yet", now_ms)
 
     def _complete(self, parts: _Parts, now_ms: float) -> Outcome:
-        names = [name for part in range(parts.parts) for name in parts.names[part]]
+        names = b"".join(parts.names[part] for part in range(parts.parts))
         self.seq = parts.seq
         changes = []
         while (following := self._later.get(self.seq + 1)) is not None:

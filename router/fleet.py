@@ -6,17 +6,20 @@ Every call that may owe somebody a message returns what to send to whom.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from vllm_llmd import wire
 from vllm_llmd.clock import Clock
 from vllm_llmd.errors import MalformedMessageError
-from vllm_llmd.kernels.hash_chain import chain_names
-from vllm_llmd.names import BlockName, EngineId
+from vllm_llmd.kernels.hash_chain_cpu import chain_names
+from vllm_llmd.kernels.prefix_table import Names
+from vllm_llmd.names import EngineId
 from vllm_llmd.router import costs, text_index
 from vllm_llmd.router.cursor import Cursor, Outcome
 from vllm_llmd.router.decide import Decision
 from vllm_llmd.router.membership import Engine, Membership, Placed, State
 from vllm_llmd.router.picker import Candidate
-from vllm_llmd.router.prefix_index import PrefixIndex
+from vllm_llmd.router.prefix_index import PrefixIndex, unpacked
 from vllm_llmd.router.request import Facts
 from vllm_llmd.router.settings import RouterSettings
 from vllm_llmd.router.text_index import Chunks, TextIndex
@@ -45,7 +48,7 @@ class Fleet:
         self._senders: dict[EngineId, Sender] = {}
         self._cursors: dict[EngineId, Cursor] = {}
         self.membership = Membership(settings.stale_after_ms, settings.gone_after_ms)
-        self.index = PrefixIndex()
+        self.index = PrefixIndex(settings.index_blocks)
         self.texts = TextIndex(settings.text_chunks)
 
     # --- messages -----------------------------------------------------------------------------------------------
@@ -108,7 +111,8 @@ class Fleet:
         match message:
             case wire.Heartbeat():
                 self.membership.reported(message.engine, message.load, now_ms)
-                held = self.index.size(message.engine)
+                full = self.index.without_room(message.engine) > 0  # no snapshot would heal that
+                held = message.blocks if full else self.index.contents(message.engine).blocks
                 return self._act(message.engine, self._cursors[message.engine].on_heartbeat(message, held, now_ms))
             case wire.BlocksChanged():
                 if len(message.removed) % 8 or len(message.stored) % 8:
@@ -127,11 +131,11 @@ class Fleet:
 
     def _act(self, engine: EngineId, outcome: Outcome) -> list[Reply]:
         if outcome.replace is not None:
-            self.index.replace_engine(engine, outcome.replace)
+            self.index.replace_engine(engine, unpacked(outcome.replace))
         for changed in outcome.changes:
             if changed.cleared:
                 self.index.clear_engine(engine)
-            self.index.apply(engine, wire.unpack_names(changed.removed), wire.unpack_names(changed.stored))
+            self.index.apply(engine, unpacked(changed.removed), unpacked(changed.stored))
         known = self.membership.get(engine)
         if outcome.snapshot_wanted is not None and known is not None:
             return [Reply(self._senders[engine], wire.SnapshotWanted(known.info.epoch, outcome.snapshot_wanted))]
@@ -140,7 +144,7 @@ class Fleet:
         return []
 
     def _forget(self, engine: EngineId) -> None:
-        self.index.clear_engine(engine)
+        self.index.forget_engine(engine)
         del self._cursors[engine], self._senders[engine]
 
     # --- requests -----------------------------------------------------------------------------------------------
@@ -185,10 +189,10 @@ class Fleet:
     def cursor(self, engine: EngineId) -> Cursor | None:
         return self._cursors.get(engine)
 
-    def _chain(self, facts: Facts, chunks: Chunks, block_size: int, exact: bool) -> list[BlockName]:
+    def _chain(self, facts: Facts, chunks: Chunks, block_size: int, exact: bool) -> Names:
         if exact and facts.tokens is not None:
-            return chain_names(facts.tokens, block_size)
-        return self.texts.predict(block_size, chunks)
+            return chain_names(np.frombuffer(facts.tokens, np.uint32), block_size)
+        return np.array(self.texts.predict(block_size, chunks), np.uint64)
 
 
 def _shape(engine: Engine, facts: Facts) -> tuple[int, bool]:

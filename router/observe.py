@@ -31,8 +31,14 @@ class _FleetCollector(Collector):
         yield by_state
         blocks = GaugeMetricFamily("vllm_llmd_index_blocks", "Blocks in the prefix index", labels=["engine"])
         for engine in engines:
-            blocks.add_metric([engine.info.id], self._fleet.index.size(engine.info.id))
+            blocks.add_metric([engine.info.id], self._fleet.index.contents(engine.info.id).blocks)
         yield blocks
+        without = GaugeMetricFamily(
+            "vllm_llmd_index_blocks_without_room", "Blocks that the prefix index has no room for", labels=["engine"]
+        )
+        for engine in engines:
+            without.add_metric([engine.info.id], self._fleet.index.without_room(engine.info.id))
+        yield without
         yield GaugeMetricFamily(
             "vllm_llmd_text_chunks", "Entries in the text index", value=float(len(self._fleet.texts))
         )

@@ -1,66 +1,122 @@
-"""Which engine holds which KV block, and how long a prefix each has cached. Pure.
+"""Which engine holds which KV block, and how long a prefix each has cached.
 
-`match` walks the prompt's block names once: its cost is the longest match, whatever the number of blocks held.
+Engines are numbered as they come, 64 to a bank of the prefix table; a bank costs memory only for blocks that its own
+engines hold. Not to be called from two threads at once.
 """
 
-from collections.abc import Collection, Iterable, Sequence
+import heapq
+import logging
+from dataclasses import dataclass
 
-from vllm_llmd.names import BlockName, EngineId
+import numpy as np
+
+from vllm_llmd.kernels.prefix_table import BANK_ENGINES, Contents, Names
+from vllm_llmd.kernels.prefix_table_cpu import Bank
+from vllm_llmd.names import EngineId
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Seat:
+    """An engine's bank and its number there."""
+
+    bank: int
+    number: int
+
+
+def unpacked(names: bytes) -> Names:
+    """Names as they travel, as an array that may not be written to."""
+    return np.frombuffer(names, "<u8")
 
 
 class PrefixIndex:
-    """Block name -> holders, and its inverse."""
+    """`max_blocks` is how many different blocks the engines of one bank may hold."""
 
-    def __init__(self) -> None:
-        self._holders: dict[BlockName, set[EngineId]] = {}
-        self._held: dict[EngineId, set[BlockName]] = {}
+    def __init__(self, max_blocks: int) -> None:
+        self._max_blocks = max_blocks
+        self._banks: list[Bank] = []
+        self._seats: dict[EngineId, _Seat] = {}
+        self._engines: dict[_Seat, EngineId] = {}
+        self._vacant: list[int] = []
+        self._without_room: dict[EngineId, int] = {}
 
-    def apply(self, engine: EngineId, removed: Iterable[BlockName], stored: Iterable[BlockName]) -> None:
+    def apply(self, engine: EngineId, removed: Names, stored: Names) -> None:
         """Takes blocks away, then adds blocks. Names removed twice or stored twice count once."""
-        held = self._held.setdefault(engine, set())
-        for name in removed:
-            if name in held:
-                held.remove(name)
-                self._drop(engine, name)
-        for name in stored:
-            held.add(name)
-            self._holders.setdefault(name, set()).add(engine)
+        seat = self._seat(engine)
+        bank = self._banks[seat.bank]
+        if len(removed):
+            bank.remove(removed, seat.number)
+        if len(stored):
+            self._note_without_room(engine, bank.store(stored, seat.number))
 
     def clear_engine(self, engine: EngineId) -> None:
         """Forgets everything an engine holds."""
-        for name in self._held.pop(engine, ()):
-            self._drop(engine, name)
+        self._without_room.pop(engine, None)
+        seat = self._seats.get(engine)
+        if seat is not None and self._banks[seat.bank].contents(seat.number).blocks:
+            self._banks[seat.bank].clear(seat.number)
 
-    def replace_engine(self, engine: EngineId, names: Iterable[BlockName]) -> None:
-        """Makes `names` exactly what the engine holds."""
-        wanted = set(names)
-        held = self._held.get(engine, set())
-        self.apply(engine, held - wanted, wanted - held)
+    def forget_engine(self, engine: EngineId) -> None:
+        """The engine is gone: its number goes to the next that comes."""
+        self.clear_engine(engine)
+        seat = self._seats.pop(engine, None)
+        if seat is not None:
+            del self._engines[seat]
+            heapq.heappush(self._vacant, seat.bank * BANK_ENGINES + seat.number)
 
-    def match(self, names: Sequence[BlockName]) -> dict[EngineId, int]:
+    def replace_engine(self, engine: EngineId, names: Names) -> int:
+        """Makes `names` exactly what the engine holds. Returns how many blocks the index was off by."""
+        self._without_room.pop(engine, None)
+        held, wanted = self.held(engine), np.unique(names)
+        removed = np.setdiff1d(held, wanted, assume_unique=True)
+        stored = np.setdiff1d(wanted, held, assume_unique=True)
+        self.apply(engine, removed, stored)
+        return len(removed) + len(stored)
+
+    def match(self, names: Names) -> dict[EngineId, int]:
         """How many blocks from the start of `names` each engine holds without a hole; engines with none are absent."""
-        depths: dict[EngineId, int] = {}
-        alive: set[EngineId] | None = None
-        for depth, name in enumerate(names, start=1):
-            holders = self._holders.get(name)
-            if holders is None:
-                break
-            alive = holders if alive is None else alive & holders
-            if not alive:
-                break
-            for engine in alive:
-                depths[engine] = depth
-        return depths
+        found: dict[EngineId, int] = {}
+        for number, bank in enumerate(self._banks):
+            depths = bank.match(names, _EVERYONE)
+            for engine in np.flatnonzero(depths):
+                found[self._engines[_Seat(number, int(engine))]] = int(depths[engine])
+        return found
 
-    def held(self, engine: EngineId) -> Collection[BlockName]:
-        """What the engine holds; not to be changed."""
-        return self._held.get(engine, set())
+    def held(self, engine: EngineId) -> Names:
+        """What the engine holds, in any order."""
+        seat = self._seats.get(engine)
+        return np.empty(0, np.uint64) if seat is None else self._banks[seat.bank].held(seat.number)
 
-    def size(self, engine: EngineId) -> int:
-        return len(self._held.get(engine, ()))
+    def contents(self, engine: EngineId) -> Contents:
+        """How much it holds, and the exclusive or of the names."""
+        seat = self._seats.get(engine)
+        return Contents(0, 0) if seat is None else self._banks[seat.bank].contents(seat.number)
 
-    def _drop(self, engine: EngineId, name: BlockName) -> None:
-        holders = self._holders[name]
-        holders.discard(engine)
-        if not holders:
-            del self._holders[name]
+    def without_room(self, engine: EngineId) -> int:
+        """How many blocks the engine holds, or held, that the index has no room for."""
+        return self._without_room.get(engine, 0)
+
+    def _note_without_room(self, engine: EngineId, blocks: int) -> None:
+        if blocks == 0:
+            return
+        if not self._without_room:
+            log.warning("the prefix index is full: set --index-blocks to more than %d", self._max_blocks)
+        self._without_room[engine] = self.without_room(engine) + blocks
+
+    def _seat(self, engine: EngineId) -> _Seat:
+        seat = self._seats.get(engine)
+        if seat is None:
+            seat = self._seats[engine] = self._next_seat()
+            self._engines[seat] = engine
+        return seat
+
+    def _next_seat(self) -> _Seat:
+        if not self._vacant:
+            first = len(self._banks) * BANK_ENGINES
+            self._banks.append(Bank(self._max_blocks))
+            self._vacant = list(range(first, first + BANK_ENGINES))
+        return _Seat(*divmod(heapq.heappop(self._vacant), BANK_ENGINES))
+
+
+_EVERYONE = (1 << BANK_ENGINES) - 1

@@ -6,7 +6,7 @@ Pure. Checks no more than the router itself needs; everything else is for the en
 import hashlib
 import json
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -39,13 +39,13 @@ class RequestError(LlmdError):
 
 @dataclass(frozen=True)
 class Facts:
-    """`tokens` is the prompt where the client gave token ids. `text` is empty for a batch of prompts.
+    """`tokens` is the prompt where the client gave token ids, 4 bytes each. `text` is empty for a batch of prompts.
 
     `seed` and `text` together decide the prompt's tokens. `salted` says that more than tokens names the blocks.
     """
 
     model: str | None
-    tokens: Sequence[int] | None
+    tokens: "array[int] | None"
     seed: bytes
     text: bytes
     prompt_tokens: int
@@ -83,7 +83,7 @@ def _chat_prompt(body: Mapping[str, Any]) -> tuple[None, bytes, int]:
     return None, text, len(text) // BYTES_PER_TOKEN
 
 
-def _completion_prompt(body: Mapping[str, Any]) -> tuple[Sequence[int] | None, bytes, int]:
+def _completion_prompt(body: Mapping[str, Any]) -> "tuple[array[int] | None, bytes, int]":
     prompt = body.get("prompt")
     if isinstance(prompt, list) and len(prompt) == 1 and not isinstance(prompt[0], int):
         prompt = prompt[0]

@@ -11,6 +11,16 @@ from vllm_llmd.errors import ConfigError
 API_KEY_VARIABLE = "VLLM_LLMD_API_KEY"
 
 
+_AT_LEAST_1 = (
+    "heartbeat_ms",
+    "snapshot_retry_ms",
+    "connect_timeout_ms",
+    "text_chunk_bytes",
+    "text_chunks",
+    "index_blocks",
+)
+
+
 class RouterSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A port of 0 takes any free one; the router prints the ports it took."""
 
@@ -27,10 +37,11 @@ class RouterSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     max_body_bytes: int = 64 << 20
     text_chunk_bytes: int = 256
     text_chunks: int = 200_000
+    index_blocks: int = 4_000_000
     api_key: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("heartbeat_ms", "snapshot_retry_ms", "connect_timeout_ms", "text_chunk_bytes", "text_chunks"):
+        for name in _AT_LEAST_1:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1; got {getattr(self, name)}")
         if not 0 <= self.port < 65_536:
@@ -59,6 +70,7 @@ _FLAGS: Mapping[str, str] = {
     "max_body_bytes": "largest request body accepted",
     "text_chunk_bytes": "bytes of prompt text per entry of the text index",
     "text_chunks": "entries kept in the text index, about 300 bytes of memory each",
+    "index_blocks": "different blocks that each 64 engines may hold between them, up to 40 bytes of memory each",
     "api_key": f"clients must send it as bearer token; also read from {API_KEY_VARIABLE}",
 }
 

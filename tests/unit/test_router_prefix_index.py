@@ -1,53 +1,84 @@
-from hypothesis import given
+"""The index over banks: engines come, go and are many."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_llmd.names import BlockName, EngineId
+from vllm_llmd.kernels.prefix_table import BANK_ENGINES, Contents, Names
+from vllm_llmd.names import EngineId
 from vllm_llmd.router.prefix_index import PrefixIndex
 
 A, B, C = EngineId("a"), EngineId("b"), EngineId("c")
 engines = st.sampled_from([A, B, C])
-names = st.lists(st.integers(0, 12).map(BlockName), max_size=8)
+names = st.lists(st.integers(1, 12), max_size=8)
 operations = st.one_of(
     st.tuples(st.just("apply"), engines, names, names),
     st.tuples(st.just("clear"), engines, names, names),
+    st.tuples(st.just("forget"), engines, names, names),
     st.tuples(st.just("replace"), engines, names, names),
 )
 
 
+def of(some: list[int]) -> Names:
+    return np.array(some, np.uint64)
+
+
+@settings(deadline=None)
 @given(st.lists(operations), names)
 def test_the_index_answers_as_a_plain_set_per_engine_would(
-    history: list[tuple[str, EngineId, list[BlockName], list[BlockName]]], prompt: list[BlockName]
+    history: list[tuple[str, EngineId, list[int], list[int]]], prompt: list[int]
 ) -> None:
-    index, model = PrefixIndex(), {engine: set[BlockName]() for engine in (A, B, C)}
+    index, model = PrefixIndex(1000), {engine: set[int]() for engine in (A, B, C)}
     for kind, engine, removed, stored in history:
         match kind:
             case "apply":
-                index.apply(engine, removed, stored)
+                index.apply(engine, of(removed), of(stored))
                 model[engine] = (model[engine] - set(removed)) | set(stored)
             case "clear":
                 index.clear_engine(engine)
                 model[engine] = set()
+            case "forget":
+                index.forget_engine(engine)
+                model[engine] = set()
             case "replace":
-                index.replace_engine(engine, stored)
+                assert index.replace_engine(engine, of(stored)) == len(model[engine] ^ set(stored))
                 model[engine] = set(stored)
     for engine, held in model.items():
-        assert set(index.held(engine)) == held
-        assert index.size(engine) == len(held)
+        assert set(index.held(engine).tolist()) == held
+        assert index.contents(engine).blocks == len(held)
         depth = next((depth for depth, name in enumerate(prompt) if name not in held), len(prompt))
-        assert index.match(prompt).get(engine, 0) == depth
+        assert index.match(of(prompt)).get(engine, 0) == depth
 
 
-def test_a_hole_ends_the_match() -> None:
-    index = PrefixIndex()
-    index.apply(A, [], [BlockName(1), BlockName(3)])
-    index.apply(B, [], [BlockName(2), BlockName(3)])
-    assert index.match([BlockName(1), BlockName(2), BlockName(3)]) == {A: 1}
+def test_engines_beyond_a_bank_are_told_apart() -> None:
+    index = PrefixIndex(1000)
+    fleet = [EngineId(f"e{number}") for number in range(3 * BANK_ENGINES + 1)]
+    for number, engine in enumerate(fleet):
+        index.apply(engine, of([]), of(list(range(1, number + 2))))
+    assert index.match(of(list(range(1, 1000)))) == {engine: number + 1 for number, engine in enumerate(fleet)}
 
 
-def test_a_name_nobody_holds_any_more_takes_no_memory() -> None:
-    index = PrefixIndex()
-    index.apply(A, [], [BlockName(1)])
-    index.apply(B, [], [BlockName(1)])
+def test_what_finds_no_room_is_counted_until_it_is_told_anew(log: pytest.LogCaptureFixture) -> None:
+    index = PrefixIndex(1)
+    index.apply(A, of([]), of(list(range(1, 2001))))
+    missing = index.without_room(A)
+    assert missing + index.contents(A).blocks == 2000
+    assert missing > 0
+    assert log.text.count("the prefix index is full") == 1
+    index.replace_engine(A, of([5, 6]))
+    assert (index.without_room(A), set(index.held(A).tolist())) == (0, {5, 6})
+    index.apply(A, of([]), of(list(range(1, 2001))))
     index.clear_engine(A)
-    index.apply(B, [BlockName(1)], [])
-    assert not index._holders
+    assert index.without_room(A) == 0
+
+
+def test_a_newcomer_takes_the_place_of_one_that_is_gone_and_nothing_of_it() -> None:
+    index = PrefixIndex(1000)
+    for engine in (A, B):
+        index.apply(engine, of([]), of([1, 2]))
+    index.forget_engine(A)
+    index.apply(C, of([]), of([2]))
+    assert index.match(of([1, 2])) == {B: 2}
+    assert (index.contents(A), index.contents(C)) == (Contents(0, 0), Contents(1, 2))
+    assert len(index._banks) == 1
