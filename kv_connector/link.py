@@ -13,6 +13,8 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from functools import reduce
+from operator import xor
 from types import MappingProxyType
 from typing import Final
 
@@ -116,21 +118,29 @@ class Dialogue:
 
 @dataclass
 class Mirror:
-    """What the engine's prefix cache holds, as told so far, and the number of the last change."""
+    """What the engine's prefix cache holds, as told so far, and the number of the last change.
+
+    `digest` is the exclusive or of the names held: a router that has it too holds the same.
+    """
 
     info: EngineInfo
     seq: int = 0
     held: set[BlockName] = field(default_factory=set)
+    digest: int = 0
 
     def change(self, change: "Change") -> wire.BlocksChanged:
         """Applies a net change and returns the message that tells of it."""
         if change.cleared:
             self.held.clear()
-        self.held.difference_update(change.removed)
-        self.held.update(change.stored)
+            self.digest = 0
+        removed = self.held.intersection(change.removed)
+        self.held -= removed
+        stored = set(change.stored) - self.held
+        self.held |= stored
+        self.digest = reduce(xor, (*removed, *stored), self.digest)
         self.seq += 1
-        removed, stored = wire.pack_names(change.removed), wire.pack_names(change.stored)
-        return wire.BlocksChanged(self.info.id, self.info.epoch, self.seq, change.cleared, removed, stored)
+        packed = wire.pack_names(change.removed), wire.pack_names(change.stored)
+        return wire.BlocksChanged(self.info.id, self.info.epoch, self.seq, change.cleared, *packed)
 
     def snapshot(self) -> list[wire.Snapshot]:
         """Everything held as of `seq`, in at least one part."""
@@ -340,7 +350,7 @@ class EngineLink:
                 connection.send(part)
         if Say.HEARTBEAT in owed:
             load = self._settings.read_load()
-            connection.send(wire.Heartbeat(info.id, info.epoch, mirror.seq, len(mirror.held), load))
+            connection.send(wire.Heartbeat(info.id, info.epoch, mirror.seq, len(mirror.held), mirror.digest, load))
 
     def _replace_members(self, endpoint: str, engines: Sequence[EngineInfo]) -> None:
         self._lists.pop(endpoint, None)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from vllm_llmd.errors import MalformedMessageError
+from vllm_llmd.kernels.prefix_table import Contents
 from vllm_llmd.wire import BlocksChanged, Heartbeat, Snapshot
 
 CHANGES_KEPT: Final = 10_000
@@ -18,10 +19,11 @@ NAME_BYTES: Final = 8
 class Outcome:
     """What to do to the index, in this order, and why to ask for a snapshot (None: no need).
 
-    `replace` are packed names.
+    `replace` are packed names, `again` if this is not the first time in the engine's life.
     """
 
     replace: bytes | None = None
+    again: bool = False
     changes: tuple[BlocksChanged, ...] = ()
     snapshot_wanted: str | None = None
 
@@ -43,6 +45,7 @@ class Cursor:
         self._asked_ms: float | None = None
         self._later: dict[int, BlocksChanged] = {}
         self._parts: _Parts | None = None
+        self._told = False
         self.seq = 0
         self.exact = False
 
@@ -65,13 +68,13 @@ class Cursor:
         self._keep(changed)
         return self.lose("gap", now_ms)
 
-    def on_heartbeat(self, heartbeat: Heartbeat, held: int, now_ms: float) -> Outcome:
-        """`held` is how many blocks the index has for the engine."""
+    def on_heartbeat(self, heartbeat: Heartbeat, held: Contents | None, now_ms: float) -> Outcome:
+        """`held` is what the index has for the engine; None if it has no room for all."""
         if not self.exact:
             return self.tick(now_ms)
         if heartbeat.seq > self.seq:
             return self.lose("lost tail", now_ms)
-        if heartbeat.seq == self.seq and heartbeat.blocks != held:
+        if heartbeat.seq == self.seq and held not in (None, Contents(heartbeat.blocks, heartbeat.digest)):
             return self.lose("drift", now_ms)
         return Outcome()
 
@@ -99,6 +102,7 @@ class Cursor:
     def _complete(self, parts: _Parts, now_ms: float) -> Outcome:
         names = b"".join(parts.names[part] for part in range(parts.parts))
         self.seq = parts.seq
+        again, self._told = self._told, True
         changes = []
         while (following := self._later.get(self.seq + 1)) is not None:
             changes.append(following)
@@ -106,10 +110,10 @@ class Cursor:
         self._later = {seq: changed for seq, changed in self._later.items() if seq > self.seq}
         if self._later:
             self.lose("gap after snapshot", now_ms)
-            return Outcome(names, tuple(changes), "gap after snapshot")
+            return Outcome(names, again, tuple(changes), "gap after snapshot")
         self.exact = True
         self._parts = None
-        return Outcome(names, tuple(changes))
+        return Outcome(names, again, tuple(changes))
 
     def _keep(self, changed: BlocksChanged) -> None:
         if changed.seq > self.seq:

@@ -3,6 +3,7 @@
 Every call that may owe somebody a message returns what to send to whom.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -47,6 +48,8 @@ class Fleet:
         self._life = life
         self._senders: dict[EngineId, Sender] = {}
         self._cursors: dict[EngineId, Cursor] = {}
+        self.repaired: Counter[EngineId] = Counter()
+        """Blocks that the index was off by when a snapshot healed it, since start."""
         self.membership = Membership(settings.stale_after_ms, settings.gone_after_ms)
         self.index = PrefixIndex(settings.index_blocks)
         self.texts = TextIndex(settings.text_chunks)
@@ -111,8 +114,7 @@ class Fleet:
         match message:
             case wire.Heartbeat():
                 self.membership.reported(message.engine, message.load, now_ms)
-                full = self.index.without_room(message.engine) > 0  # no snapshot would heal that
-                held = message.blocks if full else self.index.contents(message.engine).blocks
+                held = None if self.index.without_room(message.engine) else self.index.contents(message.engine)
                 return self._act(message.engine, self._cursors[message.engine].on_heartbeat(message, held, now_ms))
             case wire.BlocksChanged():
                 if len(message.removed) % 8 or len(message.stored) % 8:
@@ -131,7 +133,9 @@ class Fleet:
 
     def _act(self, engine: EngineId, outcome: Outcome) -> list[Reply]:
         if outcome.replace is not None:
-            self.index.replace_engine(engine, unpacked(outcome.replace))
+            wrong = self.index.replace_engine(engine, unpacked(outcome.replace))
+            if outcome.again:
+                self.repaired[engine] += wrong
         for changed in outcome.changes:
             if changed.cleared:
                 self.index.clear_engine(engine)

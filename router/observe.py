@@ -4,7 +4,7 @@ from collections import Counter as Tally
 from collections.abc import Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from vllm_llmd.router.fleet import Fleet
@@ -21,7 +21,7 @@ class _FleetCollector(Collector):
     def __init__(self, fleet: Fleet) -> None:
         self._fleet = fleet
 
-    def collect(self) -> Iterator[GaugeMetricFamily]:
+    def collect(self) -> Iterator[GaugeMetricFamily | CounterMetricFamily]:
         engines = self._fleet.membership.all()
         states = Tally(engine.state for engine in engines)
         by_state = GaugeMetricFamily("vllm_llmd_engines", "Engines by state", labels=["state"])
@@ -39,6 +39,12 @@ class _FleetCollector(Collector):
         for engine in engines:
             without.add_metric([engine.info.id], self._fleet.index.without_room(engine.info.id))
         yield without
+        repaired = CounterMetricFamily(
+            "vllm_llmd_index_blocks_repaired", "Blocks that a snapshot put right in the index", labels=["engine"]
+        )
+        for engine_id, count in self._fleet.repaired.items():
+            repaired.add_metric([engine_id], count)
+        yield repaired
         yield GaugeMetricFamily(
             "vllm_llmd_text_chunks", "Entries in the text index", value=float(len(self._fleet.texts))
         )

@@ -98,12 +98,16 @@ class Hello(Message, frozen=True):
 
 
 class Heartbeat(Message, frozen=True):
-    """Sent every `Welcome.heartbeat_ms`. `seq` is that of the latest BlocksChanged; `blocks` how many are held."""
+    """Sent every `Welcome.heartbeat_ms`. `seq` is that of the latest BlocksChanged.
+
+    As of then, `blocks` are held, and `digest` is the exclusive or of their names.
+    """
 
     engine: EngineId
     epoch: Epoch
     seq: int
     blocks: int
+    digest: int
     load: Load
 
 

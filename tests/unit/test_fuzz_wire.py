@@ -24,7 +24,7 @@ REGIONS = wire.Regions([4096], [1024], [1024], [0], [0], [0], [INTERIOR], 9, 0, 
 
 LINK: list[wire.Message] = [
     wire.Hello(INFO),
-    wire.Heartbeat(ENGINE, EPOCH, 1, 1, wire.Load()),
+    wire.Heartbeat(ENGINE, EPOCH, 1, 1, 2**64 - 1, wire.Load()),
     wire.BlocksChanged(ENGINE, EPOCH, 1, False, bytes(8), bytes(16)),
     wire.Snapshot(ENGINE, EPOCH, 1, 0, 1, bytes(8)),
     wire.RequestSeen(ENGINE, EPOCH, "r", 1, bytes(8)),

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import msgspec
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -86,7 +87,8 @@ class Wire:
         if Say.SNAPSHOT in owed:
             self.up.extend(self.mirror.snapshot())
         if Say.HEARTBEAT in owed:
-            beat = wire.Heartbeat(A, self.info.epoch, self.mirror.seq, len(self.mirror.held), wire.Load())
+            held = len(self.mirror.held), self.mirror.digest
+            beat = wire.Heartbeat(A, self.info.epoch, self.mirror.seq, *held, wire.Load())
             self.up.append(beat)
 
     def flow(self) -> None:
@@ -179,8 +181,8 @@ def reasons(replies: Sequence[Reply]) -> list[str]:
     return [reply.message.reason for reply in replies if isinstance(reply.message, wire.SnapshotWanted)]
 
 
-def beat(net: Wire, seq: int, blocks: int) -> list[str]:
-    return reasons(net.fleet.on_message(SENDER, wire.Heartbeat(A, net.info.epoch, seq, blocks, wire.Load())))
+def beat(net: Wire, seq: int, blocks: int, digest: int = 1 ^ 2) -> list[str]:
+    return reasons(net.fleet.on_message(SENDER, wire.Heartbeat(A, net.info.epoch, seq, blocks, digest, wire.Load())))
 
 
 def test_a_heartbeat_that_agrees_asks_for_nothing(net: Wire) -> None:
@@ -191,8 +193,21 @@ def test_a_heartbeat_ahead_of_the_changes_shows_a_lost_tail(net: Wire) -> None:
     assert beat(net, 2, 2) == ["lost tail"]
 
 
-def test_a_heartbeat_with_another_count_shows_drift(net: Wire) -> None:
+def test_a_heartbeat_with_another_count_or_other_names_shows_drift(net: Wire) -> None:
     assert beat(net, 1, 3) == ["drift"]
+    net.settle()
+    assert beat(net, 1, 2) == []
+    assert beat(net, 1, 2, digest=1 ^ 3) == ["drift"]
+
+
+def test_what_was_wrong_in_the_index_is_found_healed_and_counted(net: Wire) -> None:
+    net.fleet.index.apply(A, np.array([1], np.uint64), np.array([9], np.uint64))
+    net.settle()
+    assert set(net.fleet.index.held(A).tolist()) == net.mirror.held == {1, 2}
+    assert net.fleet.repaired == {A: 2}
+    net.start_engine()
+    net.settle()
+    assert net.fleet.repaired == {A: 2}, "what a new life tells is no repair"
 
 
 def test_a_snapshot_that_does_not_come_is_asked_for_again_but_not_at_once(net: Wire) -> None:
@@ -205,7 +220,7 @@ def test_a_snapshot_that_does_not_come_is_asked_for_again_but_not_at_once(net: W
 def test_a_change_that_comes_twice_counts_once_and_asks_for_nothing(net: Wire) -> None:
     change = wire.BlocksChanged(A, net.info.epoch, 2, False, b"", wire.pack_names([BlockName(3)]))
     assert reasons([*net.fleet.on_message(SENDER, change), *net.fleet.on_message(SENDER, change)]) == []
-    assert beat(net, 2, 3) == []
+    assert beat(net, 2, 3, digest=1 ^ 2 ^ 3) == []
 
 
 def test_changes_that_overtake_the_snapshot_are_kept_for_after_it(net: Wire) -> None:
@@ -216,7 +231,7 @@ def test_changes_that_overtake_the_snapshot_are_kept_for_after_it(net: Wire) -> 
     snapshot = wire.Snapshot(A, net.info.epoch, 3, 0, 1, wire.pack_names([BlockName(7)]))
     assert reasons(net.fleet.on_message(SENDER, snapshot)) == []
     assert set(net.fleet.index.held(A).tolist()) == {4, 7}
-    assert beat(net, 4, 2) == []
+    assert beat(net, 4, 2, digest=4 ^ 7) == []
 
 
 def test_parts_of_different_snapshots_are_never_mixed(net: Wire) -> None:
@@ -233,7 +248,7 @@ def test_an_engine_stays_ready_while_a_gap_is_healed(net: Wire) -> None:
 
 
 def test_an_unknown_engine_is_asked_for_a_hello_and_a_former_life_is_refused(net: Wire) -> None:
-    stranger = wire.Heartbeat(EngineId("b"), Epoch(1), 0, 0, wire.Load())
+    stranger = wire.Heartbeat(EngineId("b"), Epoch(1), 0, 0, 0, wire.Load())
     assert isinstance(net.fleet.on_message(b"b", stranger)[0].message, wire.HelloWanted)
     former = net.info.epoch
     net.start_engine()
