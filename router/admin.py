@@ -1,6 +1,8 @@
-"""What an operator asks a router: health, metrics, the state of the fleet. Reads only."""
+"""What an operator asks a router: health, metrics, the state of the fleet. Changes nothing."""
 
+import asyncio
 import hmac
+from typing import Final
 
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
@@ -12,6 +14,9 @@ from vllm_llmd.router.membership import Engine
 from vllm_llmd.router.observe import Metrics
 
 GUARDED = ("/v1/", "/admin/")
+
+VERIFY_POLLS: Final = 200
+VERIFY_POLL_S: Final = 0.02
 
 
 class Admin:
@@ -26,6 +31,7 @@ class Admin:
         app.router.add_get("/metrics", self._exposition)
         app.router.add_get("/admin/engines", self._engines)
         app.router.add_get("/admin/index/{engine}", self._index)
+        app.router.add_post("/admin/index/{engine}/verify", self._verify)
 
     async def _health(self, _: web.Request) -> web.Response:
         ready = len(self._fleet.membership.ready())
@@ -46,6 +52,30 @@ class Admin:
             return replies.error(404, f"There is no engine {engine}.", "engine_not_found")
         names = sorted(self._fleet.index.held(engine).tolist())
         return web.json_response({"seq": cursor.seq, "exact": cursor.exact, "names": [str(name) for name in names]})
+
+    async def _verify(self, http: web.Request) -> web.Response:
+        engine = EngineId(http.match_info["engine"])
+        if self._fleet.cursor(engine) is None:
+            return replies.error(404, f"There is no engine {engine}.", "engine_not_found")
+        self._fleet.verify(engine)
+        verdict = None
+        for _ in range(VERIFY_POLLS):
+            await asyncio.sleep(VERIFY_POLL_S)
+            verdict = self._fleet.verdict(engine)
+            if verdict is not None:
+                break
+        if verdict is None:
+            text = f"Engine {engine} is silent, or its part of the index is just being healed: try again."
+            return replies.error(503, text, "not_verified")
+        return web.json_response(
+            {
+                "engine": engine,
+                "seq": verdict.seq,
+                "blocks": verdict.blocks,
+                "missing": verdict.wrong.missing,
+                "extra": verdict.wrong.extra,
+            }
+        )
 
     def _shown(self, engine: Engine) -> dict[str, object]:
         info, load = engine.info, engine.load

@@ -14,14 +14,19 @@ from vllm_llmd.wire import BlocksChanged, Heartbeat, Snapshot
 CHANGES_KEPT: Final = 10_000
 NAME_BYTES: Final = 8
 
+VERIFY: Final = "verify"
+"""Why a snapshot is asked for that heals nothing."""
+
 
 @dataclass(frozen=True)
 class Outcome:
     """What to do to the index, in this order, and why to ask for a snapshot (None: no need).
 
-    `replace` are packed names, `again` if this is not the first time in the engine's life.
+    `replace` are packed names, `again` if this is not the first time in the engine's life. `compare` are packed names
+    that the index should have.
     """
 
+    compare: bytes | None = None
     replace: bytes | None = None
     again: bool = False
     changes: tuple[BlocksChanged, ...] = ()
@@ -46,12 +51,21 @@ class Cursor:
         self._later: dict[int, BlocksChanged] = {}
         self._parts: _Parts | None = None
         self._told = False
+        self._verifying = False
         self.seq = 0
         self.exact = False
 
+    def verify(self) -> Outcome:
+        """Asks for a snapshot to compare the index with. If it has to be healed meanwhile, nothing comes of it."""
+        if not self.exact:
+            return Outcome()
+        self._verifying = True
+        self._parts = None
+        return Outcome(snapshot_wanted=VERIFY)
+
     def lose(self, reason: str, now_ms: float) -> Outcome:
         """Stops believing the index and asks for a snapshot."""
-        self.exact = False
+        self.exact = self._verifying = False
         self._parts = None
         self._asked_ms = now_ms
         return Outcome(snapshot_wanted=reason)
@@ -82,7 +96,7 @@ class Cursor:
         """Raises MalformedMessageError if the names are not whole."""
         if len(snapshot.names) % NAME_BYTES:
             raise MalformedMessageError(f"packed block names need a multiple of 8 bytes; got {len(snapshot.names)}")
-        if self.exact or snapshot.seq < self.seq or not 0 <= snapshot.part < snapshot.parts:
+        if (self.exact and not self._verifying) or snapshot.seq < self.seq or not 0 <= snapshot.part < snapshot.parts:
             return Outcome()
         if self._parts is None or self._parts.seq < snapshot.seq or self._parts.parts != snapshot.parts:
             self._parts = _Parts(snapshot.seq, snapshot.parts)
@@ -101,6 +115,10 @@ class Cursor:
 
     def _complete(self, parts: _Parts, now_ms: float) -> Outcome:
         names = b"".join(parts.names[part] for part in range(parts.parts))
+        self._verifying = False
+        if self.exact and parts.seq == self.seq:
+            self._parts = None
+            return Outcome(compare=names)
         self.seq = parts.seq
         again, self._told = self._told, True
         changes = []
@@ -110,10 +128,10 @@ class Cursor:
         self._later = {seq: changed for seq, changed in self._later.items() if seq > self.seq}
         if self._later:
             self.lose("gap after snapshot", now_ms)
-            return Outcome(names, again, tuple(changes), "gap after snapshot")
+            return Outcome(None, names, again, tuple(changes), "gap after snapshot")
         self.exact = True
         self._parts = None
-        return Outcome(names, again, tuple(changes))
+        return Outcome(None, names, again, tuple(changes))
 
     def _keep(self, changed: BlocksChanged) -> None:
         if changed.seq > self.seq:

@@ -20,7 +20,7 @@ from vllm_llmd.router.cursor import Cursor, Outcome
 from vllm_llmd.router.decide import Decision
 from vllm_llmd.router.membership import Engine, Membership, Placed, State
 from vllm_llmd.router.picker import Candidate
-from vllm_llmd.router.prefix_index import PrefixIndex, unpacked
+from vllm_llmd.router.prefix_index import Difference, PrefixIndex, unpacked
 from vllm_llmd.router.request import Facts
 from vllm_llmd.router.settings import RouterSettings
 from vllm_llmd.router.text_index import Chunks, TextIndex
@@ -39,6 +39,15 @@ class Reply:
     message: wire.Message
 
 
+@dataclass(frozen=True)
+class Verdict:
+    """The index against what the engine says it holds, `blocks` of them as of `seq`."""
+
+    seq: int
+    blocks: int
+    wrong: Difference
+
+
 class Fleet:
     """Membership, the exact index and the text index, kept in step. `life` names this life of the router."""
 
@@ -50,6 +59,8 @@ class Fleet:
         self._cursors: dict[EngineId, Cursor] = {}
         self.repaired: Counter[EngineId] = Counter()
         """Blocks that the index was off by when a snapshot healed it, since start."""
+        self._verdicts: dict[EngineId, Verdict] = {}
+        self._unverified: set[EngineId] = set()
         self.membership = Membership(settings.stale_after_ms, settings.gone_after_ms)
         self.index = PrefixIndex(settings.index_blocks)
         self.texts = TextIndex(settings.text_chunks)
@@ -74,12 +85,14 @@ class Fleet:
         now_ms = self._clock.now_ms()
         for engine in self.membership.tick(now_ms):
             self._forget(engine)
-        return [
-            reply
-            for engine in self.membership.all()
-            if engine.state is not State.STALE
-            for reply in self._act(engine.info.id, self._cursors[engine.info.id].tick(now_ms))
-        ]
+        replies = []
+        for known in self.membership.all():
+            if known.state is not State.STALE:
+                replies += self._act(known.info.id, self._cursors[known.info.id].tick(now_ms))
+            if known.info.id in self._unverified:
+                replies += self._act(known.info.id, self._cursors[known.info.id].verify())
+        self._unverified.clear()
+        return replies
 
     def members_to_publish(self) -> list[Reply]:
         """The new list for every engine, if it changed since it was last asked for."""
@@ -135,7 +148,10 @@ class Fleet:
         if outcome.replace is not None:
             wrong = self.index.replace_engine(engine, unpacked(outcome.replace))
             if outcome.again:
-                self.repaired[engine] += wrong
+                self.repaired[engine] += wrong.missing + wrong.extra
+        if outcome.compare is not None:
+            wrong = self.index.compare(engine, unpacked(outcome.compare))
+            self._verdicts[engine] = Verdict(self._cursors[engine].seq, len(outcome.compare) // 8, wrong)
         for changed in outcome.changes:
             if changed.cleared:
                 self.index.clear_engine(engine)
@@ -149,6 +165,7 @@ class Fleet:
 
     def _forget(self, engine: EngineId) -> None:
         self.index.forget_engine(engine)
+        self._verdicts.pop(engine, None)
         del self._cursors[engine], self._senders[engine]
 
     # --- requests -----------------------------------------------------------------------------------------------
@@ -189,6 +206,15 @@ class Fleet:
             engine = None if engine_id is None else self.membership.get(engine_id)
             if engine is not None:
                 engine.unreported.pop(request, None)
+
+    def verify(self, engine: EngineId) -> None:
+        """Asks the engine, with the next tick, what it holds, to compare the index with; the answer is its verdict."""
+        self._verdicts.pop(engine, None)
+        self._unverified.add(engine)
+
+    def verdict(self, engine: EngineId) -> Verdict | None:
+        """What came of `verify`, once something has."""
+        return self._verdicts.get(engine)
 
     def cursor(self, engine: EngineId) -> Cursor | None:
         return self._cursors.get(engine)

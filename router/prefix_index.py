@@ -18,6 +18,14 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
+class Difference:
+    """Blocks that the index lacks, and blocks that it has though the engine does not hold them."""
+
+    missing: int
+    extra: int
+
+
+@dataclass(frozen=True)
 class _Seat:
     """An engine's bank and its number there."""
 
@@ -65,14 +73,21 @@ class PrefixIndex:
             del self._engines[seat]
             heapq.heappush(self._vacant, seat.bank * BANK_ENGINES + seat.number)
 
-    def replace_engine(self, engine: EngineId, names: Names) -> int:
-        """Makes `names` exactly what the engine holds. Returns how many blocks the index was off by."""
+    def replace_engine(self, engine: EngineId, names: Names) -> Difference:
+        """Makes `names` exactly what the engine holds. Returns how far the index was off."""
         self._without_room.pop(engine, None)
-        held, wanted = self.held(engine), np.unique(names)
-        removed = np.setdiff1d(held, wanted, assume_unique=True)
-        stored = np.setdiff1d(wanted, held, assume_unique=True)
+        removed, stored = self._difference(engine, names)
         self.apply(engine, removed, stored)
-        return len(removed) + len(stored)
+        return Difference(len(stored), len(removed))
+
+    def compare(self, engine: EngineId, names: Names) -> Difference:
+        """How far the index is off if `names` are exactly what the engine holds."""
+        extra, missing = self._difference(engine, names)
+        return Difference(len(missing), len(extra))
+
+    def _difference(self, engine: EngineId, names: Names) -> tuple[Names, Names]:
+        held, wanted = self.held(engine), np.unique(names)
+        return np.setdiff1d(held, wanted, assume_unique=True), np.setdiff1d(wanted, held, assume_unique=True)
 
     def match(self, names: Names) -> dict[EngineId, int]:
         """How many blocks from the start of `names` each engine holds without a hole; engines with none are absent."""

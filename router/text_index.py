@@ -6,13 +6,13 @@ disagree about a chunk, it is tied to the last block they share. Cost: about 150
 most `chunks_kept` chunks and `BLOCKS_PER_CHUNK` times as many blocks, the least recently used forgotten first.
 """
 
-import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from vllm_llmd.kernels.hash_chain import ROOT
+from vllm_llmd.kernels.hash_chain_cpu import piece_names, xxh64
 from vllm_llmd.names import BlockName
 
 BLOCKS_PER_CHUNK: Final = 4
@@ -36,12 +36,7 @@ class Chunks:
 
 def cut(seed: bytes, text: bytes, chunk_bytes: int) -> Chunks:
     """Chained 64-bit hashes of the chunks of `text`; `seed` is what else decides its tokens."""
-    parent = hashlib.blake2b(seed, digest_size=8).digest()
-    hashes = []
-    for start in range(0, len(text), chunk_bytes):
-        parent = hashlib.blake2b(parent + text[start : start + chunk_bytes], digest_size=8).digest()
-        hashes.append(int.from_bytes(parent, "little"))
-    return Chunks(hashes, len(text), chunk_bytes)
+    return Chunks(piece_names(text, chunk_bytes, xxh64(seed, 0)).tolist(), len(text), chunk_bytes)
 
 
 class TextIndex:

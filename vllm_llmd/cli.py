@@ -1,4 +1,4 @@
-"""`vllm-llmd`: one command with the subcommands up, model and router. Errors are one line, and exit status 1 or 2."""
+"""`vllm-llmd`: one command with the subcommands up, model, router, index. Errors are one line, with exit status 1 or 2."""
 
 import argparse
 import os
@@ -11,6 +11,7 @@ import vllm_llmd
 from vllm_llmd import launch, model
 from vllm_llmd.errors import ConfigError, LlmdError
 from vllm_llmd.router import settings as router_settings
+from vllm_llmd.router import verify
 
 
 def parser() -> argparse.ArgumentParser:
@@ -28,6 +29,10 @@ def parser() -> argparse.ArgumentParser:
     )
     model.add_arguments(commands.add_parser("model", help="make a small model directory to try things with"))
     router_settings.add_arguments(commands.add_parser("router", help="OpenAI front door that knows the KV cache"))
+    index = commands.add_parser("index", help="look at a router's prefix index").add_subparsers(
+        dest="index_command", required=True, metavar="COMMAND"
+    )
+    verify.add_arguments(index.add_parser("verify", help="compare it with what every engine holds, block by block"))
     return whole
 
 
@@ -41,6 +46,8 @@ def run(arguments: Sequence[str]) -> int:
         return launch.run(launch.spec_from_args(args, engine_flags), Console())
     if args.command == "model":
         return model.run(args, lambda line: Console().print(line, highlight=False))
+    if args.command == "index":
+        return verify.run(args, lambda line: Console().print(line, highlight=False, soft_wrap=True))
     from vllm_llmd.router import main as router_main
 
     return router_main.run(router_settings.from_args(args, os.environ))

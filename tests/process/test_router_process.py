@@ -356,6 +356,33 @@ async def test_a_long_prompt_gets_the_prefill_engine_as_its_source_and_a_short_o
     assert not prefill.requests
 
 
+async def test_the_command_line_proves_that_the_index_is_exact(site: Site) -> None:
+    one, two = await site.engine("a"), await site.engine("b")
+    one.publish(stored=[BlockName(name) for name in range(1, 1001)])
+    await site.ready(one, two)
+    await site.index_equals_truth(one)
+    status, said, _ = await verify(site)
+    assert (status, sorted(said.splitlines())) == (0, ["a: 1000 blocks, exact", "b: 0 blocks, exact"])
+    status, said, errors = await verify(site, "--engine", "nobody")
+    assert (status, said) == (1, "nobody: not verified: There is no engine nobody.\n")
+    assert errors == "error: the index is not exact for nobody\n"
+    site.router.end(signal.SIGKILL)
+    status, _, errors = await verify(site)
+    assert status == 1
+    assert "cannot be asked" in errors
+
+
+async def verify(site: Site, *flags: str) -> tuple[int | None, str, str]:
+    """Exit status, output and errors of `vllm-llmd index verify`."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-P", "-m", "vllm_llmd.cli", "index", "verify", "--router", site.router.http, *flags),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    said, errors = await process.communicate()
+    return process.returncode, said.decode(), errors.decode()
+
+
 async def test_a_router_killed_and_started_again_knows_what_the_engines_hold(site: Site) -> None:
     one, two = await site.engine("a"), await site.engine("b")
     one.publish(stored=[BlockName(name) for name in range(1000)])

@@ -84,6 +84,7 @@ HOMES: dict[str, tuple[str, ...]] = {
         "router/admin.py",
         "router/replies.py",
         "router/upstream.py",
+        "router/verify.py",
         "router/main.py",
     ),
     "rich": ("vllm_llmd/cli.py", "vllm_llmd/demo.py", "vllm_llmd/launch"),

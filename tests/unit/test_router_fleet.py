@@ -16,8 +16,9 @@ from vllm_llmd.kernels.hash_chain import chain_names
 from vllm_llmd.kv_connector import link
 from vllm_llmd.kv_connector.link import Change, Dialogue, Mirror, Say
 from vllm_llmd.names import BlockName, EngineId, Epoch
-from vllm_llmd.router.fleet import Fleet, Reply
+from vllm_llmd.router.fleet import Fleet, Reply, Verdict
 from vllm_llmd.router.membership import State
+from vllm_llmd.router.prefix_index import Difference
 from vllm_llmd.router.request import read_facts
 from vllm_llmd.router.settings import RouterSettings
 from vllm_llmd.testing.clock import FakeClock
@@ -208,6 +209,34 @@ def test_what_was_wrong_in_the_index_is_found_healed_and_counted(net: Wire) -> N
     net.start_engine()
     net.settle()
     assert net.fleet.repaired == {A: 2}, "what a new life tells is no repair"
+
+
+def test_verifying_compares_the_index_with_the_engine_and_changes_nothing(net: Wire) -> None:
+    net.fleet.verify(A)
+    net.settle()
+    assert net.fleet.verdict(A) == Verdict(seq=1, blocks=2, wrong=Difference(0, 0))
+    net.fleet.index.apply(A, np.array([1], np.uint64), np.array([8, 9], np.uint64))
+    net.fleet.verify(A)
+    assert net.fleet.verdict(A) is None
+    net.down += net.fleet.tick()
+    net.flow()
+    assert net.fleet.verdict(A) == Verdict(seq=1, blocks=2, wrong=Difference(missing=1, extra=2))
+    assert net.fleet.repaired == {}
+
+
+def test_a_change_on_its_way_is_no_difference(net: Wire) -> None:
+    net.fleet.verify(A)
+    net.down += net.fleet.tick()
+    net.change(Change(False, [BlockName(1)], [BlockName(3)]))
+    net.flow()
+    assert net.fleet.verdict(A) == Verdict(seq=2, blocks=2, wrong=Difference(0, 0))
+
+
+def test_an_index_that_is_being_healed_is_not_verified(net: Wire) -> None:
+    assert beat(net, 2, 2) == ["lost tail"]
+    net.fleet.verify(A)
+    net.settle()
+    assert net.fleet.verdict(A) is None
 
 
 def test_a_snapshot_that_does_not_come_is_asked_for_again_but_not_at_once(net: Wire) -> None:

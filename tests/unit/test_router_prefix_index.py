@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from vllm_llmd.kernels.prefix_table import BANK_ENGINES, Contents, Names
 from vllm_llmd.names import EngineId
-from vllm_llmd.router.prefix_index import PrefixIndex
+from vllm_llmd.router.prefix_index import Difference, PrefixIndex
 
 A, B, C = EngineId("a"), EngineId("b"), EngineId("c")
 engines = st.sampled_from([A, B, C])
@@ -42,7 +42,9 @@ def test_the_index_answers_as_a_plain_set_per_engine_would(
                 index.forget_engine(engine)
                 model[engine] = set()
             case "replace":
-                assert index.replace_engine(engine, of(stored)) == len(model[engine] ^ set(stored))
+                wrong = Difference(len(set(stored) - model[engine]), len(model[engine] - set(stored)))
+                assert index.compare(engine, of(stored)) == wrong
+                assert index.replace_engine(engine, of(stored)) == wrong
                 model[engine] = set(stored)
     for engine, held in model.items():
         assert set(index.held(engine).tolist()) == held
