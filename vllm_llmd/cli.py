@@ -1,4 +1,4 @@
-"""`vllm-llmd`: one command with the subcommands up, model, router, index. Errors are one line, with exit status 1 or 2."""
+"""`vllm-llmd`: one command with the subcommands up, model, router, index. Errors are one line; exit status 1 or 2."""
 
 import argparse
 import os
