@@ -22,6 +22,9 @@ FULL = 448
 EXPECTED_FILL = 0.5
 """Slots that names take at least, of those in use, once there are many: segments split when full are half full."""
 
+AHEAD = 32
+"""Names whose slots are fetched before any is looked at: the memory answers many questions at once."""
+
 KEY, HOLDERS = 0, 1
 DEPTH, SEGMENTS = 0, 1
 
@@ -276,14 +279,24 @@ def _clear(slots: Slots, filled: Counts, state: Counts, scratch: Slots, engine: 
 @compiled
 def _match(slots: Slots, directory: Directory, state: Counts, names: Names, alive: np.uint64) -> npt.NDArray[np.int32]:
     depths = np.zeros(BANK_ENGINES, np.int32)
-    for depth in range(len(names)):
-        row = _find(slots, _segment_of(directory, state, names[depth]), names[depth])
-        held = alive & slots[row, HOLDERS]
-        if held != alive:
-            _note(depths, alive ^ held, depth)
-            alive = held
-            if alive == NO_NAME:
-                return depths
+    homes = np.empty(AHEAD, np.int64)
+    keys = np.empty(AHEAD, np.uint64)
+    for start in range(0, len(names), AHEAD):
+        end = min(start + AHEAD, len(names))
+        for depth in range(start, end):
+            name = names[depth]
+            home = _segment_of(directory, state, name) * SEGMENT + _home(name)
+            homes[depth - start], keys[depth - start] = home, slots[home, KEY]
+        for depth in range(start, end):
+            name, row = names[depth], homes[depth - start]
+            if keys[depth - start] != name:
+                row = _find(slots, row // SEGMENT, name)
+            held = alive & slots[row, HOLDERS]
+            if held != alive:
+                _note(depths, alive ^ held, depth)
+                alive = held
+                if alive == NO_NAME:
+                    return depths
     _note(depths, alive, len(names))
     return depths
 

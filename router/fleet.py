@@ -187,7 +187,7 @@ class Fleet:
         ]
         chains = {shape: self._chain(facts, chunks, *shape) for shape in {_shape(engine, facts) for engine in engines}}
         depths = {shape: self.index.match(chain) for shape, chain in chains.items()}
-        return [_candidate(engine, depths[_shape(engine, facts)].get(engine.info.id, 0)) for engine in engines]
+        return [_candidate(engine, depths[_shape(engine, facts)].of(engine.info.id)) for engine in engines]
 
     def place(self, request: str, decision: Decision, chunks: Chunks) -> None:
         """Counts a decision until the engines report it, and waits for the prompt's blocks to learn from."""

@@ -6,15 +6,19 @@ engines hold. Not to be called from two threads at once.
 
 import heapq
 import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from vllm_llmd.kernels.prefix_table import BANK_ENGINES, Contents, Names
 from vllm_llmd.kernels.prefix_table_cpu import Bank
 from vllm_llmd.names import EngineId
 
 log = logging.getLogger(__name__)
+
+_EVERYONE = (1 << BANK_ENGINES) - 1
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,19 @@ def unpacked(names: bytes) -> Names:
     return np.frombuffer(names, "<u8")
 
 
+@dataclass(frozen=True)
+class Depths:
+    """What a match has found, bank by bank. To be read before the index changes."""
+
+    seats: Mapping[EngineId, _Seat]
+    banks: Sequence[npt.NDArray[np.int32]]
+
+    def of(self, engine: EngineId) -> int:
+        """How many blocks from the start the engine holds."""
+        seat = self.seats.get(engine)
+        return 0 if seat is None else int(self.banks[seat.bank][seat.number])
+
+
 class PrefixIndex:
     """`max_blocks` is how many different blocks the engines of one bank may hold."""
 
@@ -45,7 +62,6 @@ class PrefixIndex:
         self._max_blocks = max_blocks
         self._banks: list[Bank] = []
         self._seats: dict[EngineId, _Seat] = {}
-        self._engines: dict[_Seat, EngineId] = {}
         self._vacant: list[int] = []
         self._without_room: dict[EngineId, int] = {}
 
@@ -70,7 +86,6 @@ class PrefixIndex:
         self.clear_engine(engine)
         seat = self._seats.pop(engine, None)
         if seat is not None:
-            del self._engines[seat]
             heapq.heappush(self._vacant, seat.bank * BANK_ENGINES + seat.number)
 
     def replace_engine(self, engine: EngineId, names: Names) -> Difference:
@@ -89,14 +104,9 @@ class PrefixIndex:
         held, wanted = self.held(engine), np.unique(names)
         return np.setdiff1d(held, wanted, assume_unique=True), np.setdiff1d(wanted, held, assume_unique=True)
 
-    def match(self, names: Names) -> dict[EngineId, int]:
-        """How many blocks from the start of `names` each engine holds without a hole; engines with none are absent."""
-        found: dict[EngineId, int] = {}
-        for number, bank in enumerate(self._banks):
-            depths = bank.match(names, _EVERYONE)
-            for engine in np.flatnonzero(depths):
-                found[self._engines[_Seat(number, int(engine))]] = int(depths[engine])
-        return found
+    def match(self, names: Names) -> Depths:
+        """How many blocks from the start of `names` each engine holds without a hole."""
+        return Depths(self._seats, [bank.match(names, _EVERYONE) for bank in self._banks])
 
     def held(self, engine: EngineId) -> Names:
         """What the engine holds, in any order."""
@@ -123,7 +133,6 @@ class PrefixIndex:
         seat = self._seats.get(engine)
         if seat is None:
             seat = self._seats[engine] = self._next_seat()
-            self._engines[seat] = engine
         return seat
 
     def _next_seat(self) -> _Seat:
@@ -132,6 +141,3 @@ class PrefixIndex:
             self._banks.append(Bank(self._max_blocks))
             self._vacant = list(range(first, first + BANK_ENGINES))
         return _Seat(*divmod(heapq.heappop(self._vacant), BANK_ENGINES))
-
-
-_EVERYONE = (1 << BANK_ENGINES) - 1

@@ -50,7 +50,7 @@ def test_the_index_answers_as_a_plain_set_per_engine_would(
         assert set(index.held(engine).tolist()) == held
         assert index.contents(engine).blocks == len(held)
         depth = next((depth for depth, name in enumerate(prompt) if name not in held), len(prompt))
-        assert index.match(of(prompt)).get(engine, 0) == depth
+        assert index.match(of(prompt)).of(engine) == depth
 
 
 def test_engines_beyond_a_bank_are_told_apart() -> None:
@@ -58,7 +58,8 @@ def test_engines_beyond_a_bank_are_told_apart() -> None:
     fleet = [EngineId(f"e{number}") for number in range(3 * BANK_ENGINES + 1)]
     for number, engine in enumerate(fleet):
         index.apply(engine, of([]), of(list(range(1, number + 2))))
-    assert index.match(of(list(range(1, 1000)))) == {engine: number + 1 for number, engine in enumerate(fleet)}
+    depths = index.match(of(list(range(1, 1000))))
+    assert [depths.of(engine) for engine in fleet] == list(range(1, len(fleet) + 1))
 
 
 def test_what_finds_no_room_is_counted_until_it_is_told_anew(log: pytest.LogCaptureFixture) -> None:
@@ -81,6 +82,7 @@ def test_a_newcomer_takes_the_place_of_one_that_is_gone_and_nothing_of_it() -> N
         index.apply(engine, of([]), of([1, 2]))
     index.forget_engine(A)
     index.apply(C, of([]), of([2]))
-    assert index.match(of([1, 2])) == {B: 2}
+    depths = index.match(of([1, 2]))
+    assert [depths.of(engine) for engine in (A, B, C)] == [0, 2, 0]
     assert (index.contents(A), index.contents(C)) == (Contents(0, 0), Contents(1, 2))
     assert len(index._banks) == 1
