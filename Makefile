@@ -31,7 +31,7 @@ INTERPRETED := TRITON_INTERPRET=1 $(PYTEST) tests/gpu/test_block_copy_gpu.py
 export PYTHONSAFEPATH := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test check lint format test-unit test-engine test-gpu bench-pd bench-timeline bench-step bench-copy \
+.PHONY: demo test check lint format test-unit test-engine test-gpu bench-pd bench-timeline bench-index bench-step bench-copy \
 	model model-tiny model-smollm2 install lock dist clean distclean help
 
 demo: $(READY) $(SMOLLM2)/$(MARKER) ## two real engines, a router, one chat: ends with one line of JSON
@@ -76,6 +76,13 @@ bench-pd: $(READY) $(TINY:=/$(MARKER)) $(SMOLLM2)/$(MARKER) ## prefill/decode be
 
 bench-timeline: $(READY) $(SMOLLM2)/$(MARKER) ## draw what two engines do during one request, as docs/timeline.svg
 	@$(PY) bench/timeline.py $(ARGS)
+
+# Dynamo lives in an environment of its own, beside the router's packages alone.
+bench-index: ## the prefix index against NVIDIA Dynamo's
+	@$(MAKE) --no-print-directory VENV=$(VENV)-bench LOCKS=requirements/bench.txt bench-index-here
+
+bench-index-here: $(READY)
+	@PYTHONPATH=$(CURDIR)/bench $(PY) -m index $(ARGS)
 
 bench-step: $(READY) ## what the connector costs an engine per step with nothing in flight
 	@$(PY) bench/step_cost.py
@@ -123,6 +130,7 @@ lock: $(READY) ## pin anew what requirements/*.in ask for; UPGRADE=--upgrade tak
 	$(UV_COMPILE) --overrides requirements/overrides.txt requirements/cpu.in -o requirements/cpu.txt
 	$(UV_COMPILE) --constraints requirements/cpu.txt requirements/dev.in -o requirements/dev.txt
 	$(UV_COMPILE) --constraints requirements/cpu.txt requirements/router.in -o requirements/router.txt
+	$(UV_COMPILE) --constraints requirements/cpu.txt requirements/bench.in -o requirements/bench.txt
 	for version in $(VERSIONS); do $(UV_COMPILE) --overrides requirements/overrides.txt \
 		requirements/cpu-$$version.in -o requirements/cpu-$$version.txt; done
 
@@ -135,7 +143,7 @@ clean: ## remove what builds and test runs leave behind; keeps .venv and .models
 	find vllm_llmd router kv_connector kernels tests bench -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean ## remove .venv and .models too
-	rm -rf $(VENV) $(VERSIONS:%=$(VENV)-%) .models
+	rm -rf $(VENV) $(VENV)-bench $(VERSIONS:%=$(VENV)-%) .models
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)

@@ -26,6 +26,7 @@ AHEAD = 32
 """Names whose slots are fetched before any is looked at: the memory answers many questions at once."""
 
 KEY, HOLDERS = 0, 1
+ROW, KEY_THERE = 0, 1
 DEPTH, SEGMENTS = 0, 1
 
 LAST = SEGMENT - 1
@@ -141,7 +142,11 @@ def _store(
 ) -> int:
     bit = ONE << np.uint64(engine)
     missed = 0
-    for name in names:
+    near = np.empty((AHEAD, 2), np.uint64)
+    for number in range(len(names)):
+        name = names[number]
+        if number % AHEAD == 0:
+            _fetch(slots, directory, state, names, number, near)
         if name == NO_NAME:
             continue
         segment = _segment_of(directory, state, name)
@@ -162,6 +167,22 @@ def _store(
             blocks[engine] += 1
             digests[engine] ^= name
     return missed
+
+
+@compiled
+def _fetch(slots: Slots, directory: Directory, state: Counts, names: Names, first: int, near: Slots) -> None:
+    """Where each of the next names would be if it were alone, and what stands there. Afterwards it is in the cache."""
+    for i in range(min(AHEAD, len(names) - first)):
+        name = names[first + i]
+        home = _segment_of(directory, state, name) * SEGMENT + _home(name)
+        near[i, ROW], near[i, KEY_THERE] = np.uint64(home), slots[home, KEY]
+
+
+@compiled
+def _row_of(slots: Slots, near: Slots, number: int, name: np.uint64) -> int:
+    """As `_find`, of a name that has been fetched, as long as nothing has changed since."""
+    home = int(np.int64(near[number % AHEAD, ROW]))
+    return home if near[number % AHEAD, KEY_THERE] == name else _find(slots, home // SEGMENT, name)
 
 
 @compiled
@@ -231,7 +252,11 @@ def _remove(
     engine: int,
 ) -> None:
     bit = ONE << np.uint64(engine)
-    for name in names:
+    near = np.empty((AHEAD, 2), np.uint64)
+    for number in range(len(names)):
+        name = names[number]
+        if number % AHEAD == 0:
+            _fetch(slots, directory, state, names, number, near)
         segment = _segment_of(directory, state, name)
         row = _find(slots, segment, name)
         if slots[row, KEY] == NO_NAME or not slots[row, HOLDERS] & bit:
@@ -279,24 +304,17 @@ def _clear(slots: Slots, filled: Counts, state: Counts, scratch: Slots, engine: 
 @compiled
 def _match(slots: Slots, directory: Directory, state: Counts, names: Names, alive: np.uint64) -> npt.NDArray[np.int32]:
     depths = np.zeros(BANK_ENGINES, np.int32)
-    homes = np.empty(AHEAD, np.int64)
-    keys = np.empty(AHEAD, np.uint64)
-    for start in range(0, len(names), AHEAD):
-        end = min(start + AHEAD, len(names))
-        for depth in range(start, end):
-            name = names[depth]
-            home = _segment_of(directory, state, name) * SEGMENT + _home(name)
-            homes[depth - start], keys[depth - start] = home, slots[home, KEY]
-        for depth in range(start, end):
-            name, row = names[depth], homes[depth - start]
-            if keys[depth - start] != name:
-                row = _find(slots, row // SEGMENT, name)
-            held = alive & slots[row, HOLDERS]
-            if held != alive:
-                _note(depths, alive ^ held, depth)
-                alive = held
-                if alive == NO_NAME:
-                    return depths
+    near = np.empty((AHEAD, 2), np.uint64)
+    for depth in range(len(names)):
+        if depth % AHEAD == 0:
+            _fetch(slots, directory, state, names, depth, near)
+        row = _row_of(slots, near, depth, names[depth])
+        held = alive & slots[row, HOLDERS]
+        if held != alive:
+            _note(depths, alive ^ held, depth)
+            alive = held
+            if alive == NO_NAME:
+                return depths
     _note(depths, alive, len(names))
     return depths
 
