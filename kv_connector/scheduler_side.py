@@ -7,6 +7,7 @@ from itertools import takewhile
 from typing import Any
 
 from vllm_llmd.clock import MonotonicClock
+from vllm_llmd.kernels import hash_chain_cpu
 from vllm_llmd.kv_connector.block_names import BlockNamer
 from vllm_llmd.kv_connector.hints import read_hint
 from vllm_llmd.kv_connector.lifecycle import Outcome
@@ -55,6 +56,7 @@ class SchedulerSide:
         self._settings = settings
         self._http = http
         self._clock = MonotonicClock()
+        hash_chain_cpu.compile_ahead()
         self._namer = BlockNamer(facts.block_size)
         self._load = LoadCounter()
         self._requests: dict[RequestId, Any] = {}
