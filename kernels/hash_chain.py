@@ -11,6 +11,8 @@ as 0 counts as 1: no block is named 0. Texts are cut into pieces that are named 
 from array import array
 from collections.abc import Sequence
 
+import msgspec
+
 from vllm_llmd.names import BlockName
 
 ROOT = BlockName(0)
@@ -28,6 +30,11 @@ def token_bytes(token_ids: Sequence[int]) -> bytes:
     words = array("I", token_ids)
     assert words.itemsize == TOKEN_BYTES
     return words.tobytes()
+
+
+def salt_of(extra_keys: Sequence[object] | None) -> bytes:
+    """The salt of a block with these extra keys, in vLLM's order; empty without any."""
+    return msgspec.msgpack.encode(extra_keys) if extra_keys else b""
 
 
 def digest(salt: bytes) -> int:

@@ -6,10 +6,9 @@ vLLM's own hash is only a key here: it is not reproducible across processes in e
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-import msgspec
 import numpy as np
 
-from vllm_llmd.kernels.hash_chain import ROOT, digest, token_bytes
+from vllm_llmd.kernels.hash_chain import ROOT, digest, salt_of, token_bytes
 from vllm_llmd.kernels.hash_chain_cpu import UNSALTED, Names, chain_names
 from vllm_llmd.names import BlockName
 
@@ -21,7 +20,7 @@ class Stored:
     hashes: tuple[Hashable, ...]
     parent: Hashable | None
     token_ids: Sequence[int]
-    salts: Sequence[object] | None
+    salts: Sequence[Sequence[object] | None] | None
 
 
 @dataclass(frozen=True)
@@ -131,9 +130,8 @@ class BlockNamer:
                     change.removed.add(name)
 
 
-def _digests(salts: Sequence[object] | None, first: int) -> Names:
+def _digests(salts: Sequence[Sequence[object] | None] | None, first: int) -> Names:
     """What the salts of the blocks from `first` on contribute to their names."""
     if not salts or not any(salts[first:]):
         return UNSALTED
-    encoded = [msgspec.msgpack.encode(salt) if salt else b"" for salt in salts[first:]]
-    return np.array([digest(salt) for salt in encoded], np.uint64)
+    return np.array([digest(salt_of(keys)) for keys in salts[first:]], np.uint64)

@@ -3,6 +3,7 @@
 Every call that may owe somebody a message returns what to send to whom.
 """
 
+from array import array
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +13,8 @@ import numpy as np
 from vllm_llmd import wire
 from vllm_llmd.clock import Clock
 from vllm_llmd.errors import MalformedMessageError
-from vllm_llmd.kernels.hash_chain_cpu import chain_names
+from vllm_llmd.kernels.hash_chain import digest, salt_of
+from vllm_llmd.kernels.hash_chain_cpu import UNSALTED, chain_names
 from vllm_llmd.kernels.prefix_table import Names
 from vllm_llmd.names import EngineId
 from vllm_llmd.router import costs, text_index
@@ -221,17 +223,26 @@ class Fleet:
 
     def _chain(self, facts: Facts, chunks: Chunks, block_size: int, exact: bool) -> Names:
         if exact and facts.tokens is not None:
-            return chain_names(np.frombuffer(facts.tokens, np.uint32), block_size)
+            return _names_of(facts.tokens, block_size, facts.salt)
         return np.array(self.texts.predict(block_size, chunks), np.uint64)
 
 
 def _shape(engine: Engine, facts: Facts) -> tuple[int, bool]:
-    """What the prompt's block names at an engine depend on: its block size, and whether tokens alone name them.
+    """What the prompt's block names at an engine depend on: its block size, and whether tokens and salt name them.
 
     An engine lists its base model first; any other name may be an adapter, which is part of the names.
     """
     base = facts.model is None or facts.model == engine.info.models[0]
-    return engine.info.block_size, facts.tokens is not None and base and not facts.salted
+    return engine.info.block_size, facts.tokens is not None and base
+
+
+def _names_of(tokens: "array[int]", block_size: int, salt: str | None) -> Names:
+    """The block names of a prompt for the base model. A cache salt is part of the first block's name alone."""
+    digests = UNSALTED
+    if salt is not None:
+        digests = np.zeros(len(tokens) // block_size, np.uint64)
+        digests[:1] = digest(salt_of([salt]))
+    return chain_names(np.frombuffer(tokens, np.uint32), block_size, digests=digests)
 
 
 def _candidate(engine: Engine, prefix_blocks: int) -> Candidate:

@@ -41,7 +41,7 @@ class RequestError(LlmdError):
 class Facts:
     """`tokens` is the prompt where the client gave token ids, 4 bytes each. `text` is empty for a batch of prompts.
 
-    `seed` and `text` together decide the prompt's tokens. `salted` says that more than tokens names the blocks.
+    `seed` and `text` together decide the prompt's tokens. `salt` keeps its blocks apart from others of the same tokens.
     """
 
     model: str | None
@@ -49,7 +49,7 @@ class Facts:
     seed: bytes
     text: bytes
     prompt_tokens: int
-    salted: bool
+    salt: str | None
 
 
 def parse_body(raw: bytes) -> dict[str, Any]:
@@ -70,7 +70,8 @@ def read_facts(kind: Kind, body: Mapping[str, Any]) -> Facts:
         raise RequestError("model must be a string", "model")
     tokens, text, prompt_tokens = _chat_prompt(body) if kind == "chat" else _completion_prompt(body)
     seed = _json([kind, model, {name: body[name] for name in _SEED_FIELDS if body.get(name) is not None}])
-    return Facts(model, tokens, seed, text, prompt_tokens, salted=body.get("cache_salt") is not None)
+    salt = body.get("cache_salt")
+    return Facts(model, tokens, seed, text, prompt_tokens, salt if isinstance(salt, str) and salt else None)
 
 
 def _chat_prompt(body: Mapping[str, Any]) -> tuple[None, bytes, int]:

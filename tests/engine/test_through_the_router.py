@@ -1,8 +1,10 @@
 """The router in front of real engines: disaggregation, the index, and what clients may not say."""
 
 import json
+from argparse import Namespace
 
-from vllm_llmd.kernels.hash_chain import chain_names
+from vllm_llmd.kernels.hash_chain import ROOT, block_name, chain_names, salt_of
+from vllm_llmd.router import verify
 
 BLOCK = 32
 
@@ -54,6 +56,24 @@ def test_the_index_holds_the_blocks_of_both_engines(lab) -> None:
         lambda: any(set(chain_names(prompt[:999], BLOCK)) <= lab.index(s) for s in ("prefill-0", "slow-0")),
         "the source's blocks are not indexed",
     )
+
+
+def test_a_salted_prompt_has_the_names_that_the_router_expects(lab) -> None:
+    prompt = lab.prompt(200)
+    lab.router.post("/v1/completions", body(prompt, cache_salt="tenant"))
+    names = [block_name(ROOT, prompt[:BLOCK], salt_of(["tenant"]))]
+    for start in range(BLOCK, len(prompt) - BLOCK + 1, BLOCK):
+        names.append(block_name(names[-1], prompt[start : start + BLOCK]))
+    lab.until(lambda: set(names) <= lab.index("decode-0"), "the salted blocks are named otherwise")
+
+
+def test_the_index_is_exact_and_the_command_line_proves_it(lab) -> None:
+    for length in (100, 900):
+        lab.router.post("/v1/completions", body(lab.prompt(length)))
+    lab.until(lab.at_rest, "the requests go on")
+    said: list[str] = []
+    assert verify.run(Namespace(router=lab.fleet.router_http, engine=None, api_key=None), said.append) == 0
+    assert len(said) == len(lab.engines())
 
 
 def test_a_restarted_router_soon_holds_what_it_held(lab) -> None:

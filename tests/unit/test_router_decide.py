@@ -16,7 +16,7 @@ def engine(name: str, role: Role = "both", prefix: int = 0, queue: float = 0.0, 
 
 
 def facts(tokens: int) -> Facts:
-    return Facts("m", None, b"", b"", tokens, salted=False)
+    return Facts("m", None, b"", b"", tokens, salt=None)
 
 
 def choose(tokens: int, *candidates: Candidate, seed: int = 0) -> Decision:

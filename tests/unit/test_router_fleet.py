@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from vllm_llmd import wire
 from vllm_llmd.errors import MalformedMessageError
-from vllm_llmd.kernels.hash_chain import chain_names
+from vllm_llmd.kernels.hash_chain import ROOT, block_name, chain_names, salt_of
 from vllm_llmd.kv_connector import link
 from vllm_llmd.kv_connector.link import Change, Dialogue, Mirror, Say
 from vllm_llmd.names import BlockName, EngineId, Epoch
@@ -317,15 +317,18 @@ def test_goodbye_takes_everything_of_the_engine_away(net: Wire) -> None:
     assert net.fleet.members_to_publish() == []
 
 
-@pytest.mark.parametrize(("model", "salt", "blocks"), [("m", None, 2), ("adapter", None, 0), ("m", "s", 0)])
-def test_only_plain_token_prompts_of_the_base_model_are_matched_by_their_tokens(
-    model: str, salt: str | None, blocks: int
-) -> None:
+@pytest.mark.parametrize(
+    ("model", "salt", "blocks"), [("m", None, 2), ("adapter", None, 0), ("m", "tenant", 3), ("m", "s", 0), ("m", 7, 2)]
+)
+def test_token_prompts_of_the_base_model_are_matched_by_tokens_and_salt(model: str, salt: object, blocks: int) -> None:
+    """Blocks of two tokens, cached without a salt up to the fourth token, under `tenant` up to the sixth."""
     fleet = Fleet(SETTINGS, FakeClock(), "r")
     mine = info(models=["m", "adapter"])
     fleet.on_message(SENDER, wire.Hello(mine))
-    names = wire.pack_names(chain_names([1, 2, 3, 4], 2))
-    fleet.on_message(SENDER, wire.Snapshot(A, mine.epoch, 0, 0, 1, names))
-    facts = read_facts("completion", {"model": model, "prompt": [1, 2, 3, 4, 5], "cache_salt": salt})
+    first = block_name(ROOT, [1, 2], salt_of(["tenant"]))
+    second = block_name(first, [3, 4])
+    names = [*chain_names([1, 2, 3, 4], 2), first, second, block_name(second, [5, 6])]
+    fleet.on_message(SENDER, wire.Snapshot(A, mine.epoch, 0, 0, 1, wire.pack_names(names)))
+    facts = read_facts("completion", {"model": model, "prompt": [1, 2, 3, 4, 5, 6, 7], "cache_salt": salt})
     [candidate] = fleet.candidates(facts, fleet.cut(facts))
     assert candidate.prefix_blocks == blocks
