@@ -144,6 +144,16 @@ async def site(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[
 
 
 @pytest.fixture
+async def other(site: Site, tmp_path: Path) -> AsyncIterator[Site]:
+    """A second router beside the first, with no engines of its own."""
+    router = Router(tmp_path / "other.log", ())
+    await router.start()
+    yield Site(router, site.client)
+    if router.process is not None:
+        assert router.end(signal.SIGTERM) == 0, router.log.read_text()
+
+
+@pytest.fixture
 def dealer() -> Iterator["zmq.Socket[bytes]"]:
     """A bare engine's end of the link."""
     with zmq.Context() as context, context.socket(zmq.DEALER) as dealer:
@@ -354,6 +364,25 @@ async def test_a_long_prompt_gets_the_prefill_engine_as_its_source_and_a_short_o
     sources = [received.body["kv_transfer_params"]["llmd"].get("source") for received in decode.requests]
     assert sources == ["p", None]
     assert not prefill.requests
+
+
+async def test_two_routers_know_the_same_and_neither_needs_the_other(site: Site, other: Site) -> None:
+    engine = FakeEngine(FakeSettings("a", (site.router.zmq, other.router.zmq)))
+    site.engines.append(await engine.start())
+    engine.publish(stored=[BlockName(name) for name in range(1, 1001)])
+    for each in (site, other):
+        await each.ready(engine)
+        await each.index_equals_truth(engine)
+    other.router.end(signal.SIGKILL)
+    engine.publish(removed=[BlockName(name) for name in range(1, 501)])
+    await site.index_equals_truth(engine)
+    await other.router.start()
+    engine.publish(stored=[BlockName(2000)])
+    for each in (site, other):
+        await each.ready(engine)
+        await each.index_equals_truth(engine)
+        async with each.post(chat("hello")) as response:
+            assert response.headers["X-Fake-Engine"] == "a"
 
 
 async def test_the_command_line_proves_that_the_index_is_exact(site: Site) -> None:
