@@ -24,7 +24,7 @@ except ImportError:
     sys.exit("error: ai-dynamo-runtime is not installed here; run: make bench-index")
 
 from vllm_llmd.kernels import hash_chain_cpu, prefix_table_cpu
-from vllm_llmd.kernels.prefix_table import Names
+from vllm_llmd.kernels.hash_chain import Names
 from vllm_llmd.names import EngineId
 from vllm_llmd.router.prefix_index import PrefixIndex
 

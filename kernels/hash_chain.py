@@ -12,16 +12,21 @@ from array import array
 from collections.abc import Sequence
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 
 from vllm_llmd.names import BlockName
+
+Names = npt.NDArray[np.uint64]
+"""Block names, shape (n,)."""
 
 ROOT = BlockName(0)
 """The parent of every first block."""
 
 TOKEN_BYTES = 4
 
-_PRIMES = (0x9E3779B185EBCA87, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0x85EBCA77C2B2AE63, 0x27D4EB2F165667C5)
-_P1, _P2, _P3, _P4, _P5 = _PRIMES
+PRIMES = (0x9E3779B185EBCA87, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0x85EBCA77C2B2AE63, 0x27D4EB2F165667C5)
+_P1, _P2, _P3, _P4, _P5 = PRIMES
 _ALL = (1 << 64) - 1
 
 

@@ -3,19 +3,13 @@
 import numpy as np
 import numpy.typing as npt
 
-from vllm_llmd.kernels.hash_chain import ROOT, TOKEN_BYTES
+from vllm_llmd.kernels.hash_chain import PRIMES, ROOT, TOKEN_BYTES, Names
 from vllm_llmd.kernels.memory_cpu import compiled, load
-
-Names = npt.NDArray[np.uint64]
-"""Block names, shape (n,)."""
 
 TokenIds = npt.NDArray[np.uint32]
 """Token ids, shape (n,)."""
 
-P1, P2, P3, P4, P5 = (
-    np.uint64(prime)
-    for prime in (0x9E3779B185EBCA87, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0x85EBCA77C2B2AE63, 0x27D4EB2F165667C5)
-)
+P1, P2, P3, P4, P5 = map(np.uint64, PRIMES)
 
 UNSALTED: Names = np.empty(0, np.uint64)
 

@@ -11,8 +11,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-Names = npt.NDArray[np.uint64]
-"""Block names, shape (n,)."""
+from vllm_llmd.kernels.hash_chain import Names
 
 BANK_ENGINES = 64
 

@@ -10,8 +10,9 @@ deletions leave nothing behind. A resident block costs 18 to 37 bytes, 27 on ave
 import numpy as np
 import numpy.typing as npt
 
+from vllm_llmd.kernels.hash_chain import Names
 from vllm_llmd.kernels.memory_cpu import compiled
-from vllm_llmd.kernels.prefix_table import BANK_ENGINES, Contents, Names
+from vllm_llmd.kernels.prefix_table import BANK_ENGINES, Contents
 
 SEGMENT = 512
 """Slots of a segment."""
@@ -216,28 +217,25 @@ def _split(
     for i in range(first, first + width):
         directory[i] = new
     bit = ONE << np.uint64(63 - depth)
-    _lift(slots, scratch, segment)
-    filled[segment] = filled[new] = 0
-    for i in range(SEGMENT):
-        if scratch[i, KEY] != NO_NAME:
-            _put(slots, filled, new if scratch[i, KEY] * MIX & bit else segment, scratch[i, KEY], scratch[i, HOLDERS])
+    _deal(slots, filled, scratch, segment, new, bit)
     return True
 
 
 @compiled
-def _lift(slots: Slots, scratch: Slots, segment: int) -> None:
-    """Copy a segment to `scratch` and leave it empty."""
+def _deal(slots: Slots, filled: Counts, scratch: Slots, segment: int, new: int, bit: np.uint64) -> None:
+    """Empty a segment and place anew what somebody holds: into `new` where the name's place has `bit` set."""
     for i in range(SEGMENT):
         row = segment * SEGMENT + i
         scratch[i, KEY], scratch[i, HOLDERS] = slots[row, KEY], slots[row, HOLDERS]
         slots[row, KEY] = slots[row, HOLDERS] = NO_NAME
-
-
-@compiled
-def _put(slots: Slots, filled: Counts, segment: int, name: np.uint64, holders: np.uint64) -> None:
-    row = _find(slots, segment, name)
-    slots[row, KEY], slots[row, HOLDERS] = name, holders
-    filled[segment] += 1
+    filled[segment] = 0
+    for i in range(SEGMENT):
+        name = scratch[i, KEY]
+        if scratch[i, HOLDERS] != NO_NAME:
+            into = new if name * MIX & bit else segment
+            row = _find(slots, into, name)
+            slots[row, KEY], slots[row, HOLDERS] = name, scratch[i, HOLDERS]
+            filled[into] += 1
 
 
 @compiled
@@ -294,11 +292,7 @@ def _clear(slots: Slots, filled: Counts, state: Counts, scratch: Slots, engine: 
                 slots[row, HOLDERS] ^= bit
                 emptied |= slots[row, HOLDERS] == NO_NAME
         if emptied:
-            _lift(slots, scratch, segment)
-            filled[segment] = 0
-            for i in range(SEGMENT):
-                if scratch[i, HOLDERS] != NO_NAME:
-                    _put(slots, filled, segment, scratch[i, KEY], scratch[i, HOLDERS])
+            _deal(slots, filled, scratch, segment, segment, NO_NAME)
 
 
 @compiled

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from vllm_llmd.kernels.hash_chain import ROOT, digest, salt_of, token_bytes
-from vllm_llmd.kernels.hash_chain_cpu import UNSALTED, Names, chain_names
+from vllm_llmd.kernels.hash_chain import ROOT, Names, digest, salt_of, token_bytes
+from vllm_llmd.kernels.hash_chain_cpu import UNSALTED, chain_names
 from vllm_llmd.names import BlockName
 
 

@@ -29,6 +29,16 @@ except ImportError:  # vLLM before 0.32 does not ask where tokens come from
 
 logger = logging.getLogger(__name__)
 
+
+def _wrap(owner: type, name: str, make: Callable[[Any], Any]) -> None:
+    """Put what `make` makes of a method in its place; the second time nothing is changed."""
+    theirs = getattr(owner, name)
+    if not getattr(theirs, "wrapped_by_llmd", False):
+        ours = make(theirs)
+        ours.wrapped_by_llmd = True
+        setattr(owner, name, ours)
+
+
 # --- the connector's own hooks --------------------------------------------------------------------------------
 
 
@@ -44,16 +54,17 @@ def remember_manager() -> None:
 
     From 0.30 on vLLM hands its manager to the connector itself. Before, only the manager's block pool.
     """
-    if hasattr(KVConnectorBase_V1, "bind_kv_cache_manager") or hasattr(KVCacheManager.__init__, "remembers"):
+    if hasattr(KVConnectorBase_V1, "bind_kv_cache_manager"):
         return
-    theirs = KVCacheManager.__init__
+    _wrap(KVCacheManager, "__init__", _remembering)
 
+
+def _remembering(theirs: Any) -> Any:
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         theirs(self, *args, **kwargs)
         self.block_pool.llmd_manager = self
 
-    init.remembers = True  # type: ignore[attr-defined]
-    KVCacheManager.__init__ = init
+    return init
 
 
 def manager_of(block_pool: Any) -> Any:
@@ -180,20 +191,18 @@ def spin_briefly() -> None:
     try:
         from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
 
-        theirs = SpinCondition.wait
+        _wrap(SpinCondition, "wait", _waiting_briefly)
     except (ImportError, AttributeError):
         logger.warning("this vLLM's message queues are unknown to vllm-llmd: waiting for KV may cost a core")
-        return
-    if getattr(theirs, "spins_briefly", False):
-        return
 
+
+def _waiting_briefly(theirs: Any) -> Any:
     def wait(self: Any, timeout_ms: int | None = None) -> None:
         self.busy_loop_s = min(self.busy_loop_s, SPIN_S)
         block = block_ms(time.monotonic() - self.last_read)
         theirs(self, block if timeout_ms is None else min(timeout_ms, block))
 
-    wait.spins_briefly = True  # type: ignore[attr-defined]
-    SpinCondition.wait = wait
+    return wait
 
 
 _arrival_listeners: list[Callable[[], None]] = []
@@ -207,23 +216,22 @@ def on_arrival(listener: Callable[[], None]) -> bool:
     try:
         from vllm.v1.engine.core import EngineCore
 
-        theirs = EngineCore.preprocess_add_request
+        _wrap(EngineCore, "preprocess_add_request", _telling_of_arrivals)
     except (ImportError, AttributeError):
         logger.warning("this vLLM does not tell of new requests: an engine that waits for KV looks for them often")
         return False
     _arrival_listeners.append(listener)
-    if getattr(theirs, "tells_of_arrivals", False):
-        return True
+    return True
 
+
+def _telling_of_arrivals(theirs: Any) -> Any:
     def preprocess_add_request(self: Any, request: Any) -> Any:
         preprocessed = theirs(self, request)
         for tell in _arrival_listeners:
             tell()
         return preprocessed
 
-    preprocess_add_request.tells_of_arrivals = True  # type: ignore[attr-defined]
-    EngineCore.preprocess_add_request = preprocess_add_request
-    return True
+    return preprocess_add_request
 
 
 def forget_arrivals(listener: Callable[[], None]) -> None:

@@ -7,12 +7,10 @@ through, the changes returned here make the index equal to what the engine holds
 from dataclasses import dataclass, field
 from typing import Final
 
-from vllm_llmd.errors import MalformedMessageError
 from vllm_llmd.kernels.prefix_table import Contents
-from vllm_llmd.wire import BlocksChanged, Heartbeat, Snapshot
+from vllm_llmd.wire import BlocksChanged, Heartbeat, Snapshot, check_packed
 
 CHANGES_KEPT: Final = 10_000
-NAME_BYTES: Final = 8
 
 VERIFY: Final = "verify"
 """Why a snapshot is asked for that heals nothing."""
@@ -94,8 +92,7 @@ class Cursor:
 
     def on_snapshot(self, snapshot: Snapshot, now_ms: float) -> Outcome:
         """Raises MalformedMessageError if the names are not whole."""
-        if len(snapshot.names) % NAME_BYTES:
-            raise MalformedMessageError(f"packed block names need a multiple of 8 bytes; got {len(snapshot.names)}")
+        check_packed(snapshot.names)
         if (self.exact and not self._verifying) or snapshot.seq < self.seq or not 0 <= snapshot.part < snapshot.parts:
             return Outcome()
         if self._parts is None or self._parts.seq < snapshot.seq or self._parts.parts != snapshot.parts:

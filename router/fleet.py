@@ -13,9 +13,8 @@ import numpy as np
 from vllm_llmd import wire
 from vllm_llmd.clock import Clock
 from vllm_llmd.errors import MalformedMessageError
-from vllm_llmd.kernels.hash_chain import digest, salt_of
+from vllm_llmd.kernels.hash_chain import Names, digest, salt_of
 from vllm_llmd.kernels.hash_chain_cpu import UNSALTED, chain_names
-from vllm_llmd.kernels.prefix_table import Names
 from vllm_llmd.names import EngineId
 from vllm_llmd.router import costs, text_index
 from vllm_llmd.router.cursor import Cursor, Outcome
@@ -132,8 +131,8 @@ class Fleet:
                 held = None if self.index.without_room(message.engine) else self.index.contents(message.engine)
                 return self._act(message.engine, self._cursors[message.engine].on_heartbeat(message, held, now_ms))
             case wire.BlocksChanged():
-                if len(message.removed) % 8 or len(message.stored) % 8:
-                    raise MalformedMessageError("packed block names need a multiple of 8 bytes")
+                wire.check_packed(message.removed)
+                wire.check_packed(message.stored)
                 return self._act(message.engine, self._cursors[message.engine].on_changed(message, now_ms))
             case wire.Snapshot():
                 return self._act(message.engine, self._cursors[message.engine].on_snapshot(message, now_ms))
@@ -152,8 +151,8 @@ class Fleet:
             if outcome.again:
                 self.repaired[engine] += wrong.missing + wrong.extra
         if outcome.compare is not None:
-            wrong = self.index.compare(engine, unpacked(outcome.compare))
-            self._verdicts[engine] = Verdict(self._cursors[engine].seq, len(outcome.compare) // 8, wrong)
+            names = unpacked(outcome.compare)
+            self._verdicts[engine] = Verdict(self._cursors[engine].seq, len(names), self.index.compare(engine, names))
         for changed in outcome.changes:
             if changed.cleared:
                 self.index.clear_engine(engine)

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from vllm_llmd.kernels.prefix_table import BANK_ENGINES, Contents, Names
+from vllm_llmd.kernels.hash_chain import Names
+from vllm_llmd.kernels.prefix_table import BANK_ENGINES, Contents
 from vllm_llmd.kernels.prefix_table_cpu import Bank
 from vllm_llmd.names import EngineId
 

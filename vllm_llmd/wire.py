@@ -375,10 +375,15 @@ def pack_names(names: Iterable[BlockName]) -> bytes:
     return packed.tobytes()
 
 
-def unpack_names(packed: bytes) -> list[BlockName]:
-    """The inverse of `pack_names`. Raises MalformedMessageError unless the length is a multiple of 8."""
+def check_packed(packed: bytes) -> None:
+    """Raises MalformedMessageError unless the length is a multiple of 8."""
     if len(packed) % 8:
         raise MalformedMessageError(f"packed block names need a multiple of 8 bytes; got {len(packed)}")
+
+
+def unpack_names(packed: bytes) -> list[BlockName]:
+    """The inverse of `pack_names`. Raises as `check_packed` does."""
+    check_packed(packed)
     names = array("Q")
     names.frombytes(packed)
     if sys.byteorder == "big":

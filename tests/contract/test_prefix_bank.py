@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from vllm_llmd.kernels import prefix_table_cpu
-from vllm_llmd.kernels.prefix_table import BANK_ENGINES, BankLike, Contents, Names, PlainBank
+from vllm_llmd.kernels.hash_chain import Names
+from vllm_llmd.kernels.prefix_table import BANK_ENGINES, BankLike, Contents, PlainBank
 from vllm_llmd.kernels.prefix_table_cpu import Bank
 
 EVERYONE = 2**BANK_ENGINES - 1

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_llmd.kernels.prefix_table import BANK_ENGINES, Contents, Names
+from vllm_llmd.kernels.hash_chain import Names
+from vllm_llmd.kernels.prefix_table import BANK_ENGINES, Contents
 from vllm_llmd.names import EngineId
 from vllm_llmd.router.prefix_index import Difference, PrefixIndex
 
