@@ -19,3 +19,6 @@ BlockName = NewType("BlockName", int)
 
 Role = Literal["prefill", "decode", "both"]
 """What the router may use an engine for. Every engine can serve an order whatever its role."""
+
+Tier = Literal["gpu", "cpu", "disk"]
+"""Where an engine keeps a cached block: in the memory it computes from, or offloaded from there."""
