@@ -77,12 +77,12 @@ bench-pd: $(READY) $(TINY:=/$(MARKER)) $(SMOLLM2)/$(MARKER) ## prefill/decode be
 bench-timeline: $(READY) $(SMOLLM2)/$(MARKER) ## draw what two engines do during one request, as docs/timeline.svg
 	@$(PY) bench/timeline.py $(ARGS)
 
-# Dynamo lives in an environment of its own, beside the router's packages alone.
-bench-index: ## the prefix index against NVIDIA Dynamo's
+# Dynamo lives in an environment of its own, beside the router's packages alone. Real engines run in the usual one.
+bench-index: $(READY) .models/tiny/$(MARKER) ## the prefix index against NVIDIA Dynamo's; ARGS="--parts table"
 	@$(MAKE) --no-print-directory VENV=$(VENV)-bench LOCKS=requirements/bench.txt bench-index-here
 
 bench-index-here: $(READY)
-	@PYTHONPATH=$(CURDIR)/bench $(PY) -m index $(ARGS)
+	@PYTHONPATH=$(CURDIR)/bench $(PY) -m index --engine-python .venv/bin/python $(ARGS)
 
 bench-step: $(READY) ## what the connector costs an engine per step with nothing in flight
 	@$(PY) bench/step_cost.py
