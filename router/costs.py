@@ -5,16 +5,15 @@ The coefficients are priors for an engine of which nothing is known yet.
 
 from typing import Final
 
-from vllm_llmd.wire import Load
+from vllm_llmd.router.candidates import Counts, Milliseconds
 
 MS_PER_REQUEST: Final = 10.0
 MS_PER_PREFILL_TOKEN: Final = 0.1
 
 
-def queue_ms(load: Load, placed_requests: int, placed_tokens: int) -> float:
-    """Waiting for what an engine already has to do, including what it does not know of yet."""
-    requests = load.running + load.waiting + load.waiting_for_kv + placed_requests
-    return requests * MS_PER_REQUEST + (load.prefill_tokens + placed_tokens) * MS_PER_PREFILL_TOKEN
+def queue_ms(requests: Counts, prefill_tokens: Counts) -> Milliseconds:
+    """Waiting for what each candidate already has to do, including what it does not know of yet."""
+    return requests * MS_PER_REQUEST + prefill_tokens * MS_PER_PREFILL_TOKEN
 
 
 def prefill_ms(uncached_tokens: int) -> float:

@@ -1,12 +1,12 @@
 """HOT PATH: one request and the engines that could serve it -> where to decode and who supplies the KV. Pure."""
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from vllm_llmd.names import EngineId
 from vllm_llmd.router import costs, picker
-from vllm_llmd.router.picker import Candidate
+from vllm_llmd.router.candidates import Candidates
 from vllm_llmd.router.request import Facts
 
 
@@ -29,20 +29,21 @@ class Decision:
     terms: Mapping[str, float]
 
 
-def decide(facts: Facts, candidates: Sequence[Candidate], policy: Policy) -> Decision | None:
+def decide(facts: Facts, candidates: Candidates, policy: Policy) -> Decision | None:
     """Where the request goes; None if there is no candidate."""
-    destination = picker.best(picker.destinations(candidates), policy.rng)
+    destination = picker.best(picker.destinations(candidates), candidates, policy.rng)
     if destination is None:
         return None
-    uncached_tokens = max(facts.prompt_tokens - destination.prefix_blocks * destination.block_size, 0)
+    roster, predicted_blocks = candidates.roster, int(candidates.prefix_blocks[destination])
+    uncached_tokens = max(facts.prompt_tokens - predicted_blocks * int(roster.block_sizes[destination]), 0)
     source = None
     if uncached_tokens >= policy.min_remote_tokens:
-        source = picker.best(picker.sources(candidates, destination), policy.rng)
-    terms = {"queue_ms": destination.queue_ms, "prefill_ms": costs.prefill_ms(uncached_tokens)}
+        source = picker.best(picker.sources(candidates, destination), candidates, policy.rng)
+    queue_ms = float(candidates.queue_ms[destination])
     return Decision(
-        destination=destination.engine,
-        source=None if source is None else source.engine,
-        predicted_blocks=destination.prefix_blocks,
+        destination=roster.id(destination),
+        source=None if source is None else roster.id(source),
+        predicted_blocks=predicted_blocks,
         uncached_tokens=uncached_tokens,
-        terms=terms,
+        terms={"queue_ms": queue_ms, "prefill_ms": costs.prefill_ms(uncached_tokens)},
     )

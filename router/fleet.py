@@ -17,10 +17,10 @@ from vllm_llmd.kernels.hash_chain import Names, digest, salt_of
 from vllm_llmd.kernels.hash_chain_cpu import UNSALTED, chain_names
 from vllm_llmd.names import EngineId
 from vllm_llmd.router import costs, text_index
+from vllm_llmd.router.candidates import Candidates, Places, Roster
 from vllm_llmd.router.cursor import Cursor, Outcome
 from vllm_llmd.router.decide import Decision
-from vllm_llmd.router.membership import Engine, Membership, Placed, State
-from vllm_llmd.router.picker import Candidate
+from vllm_llmd.router.membership import Membership, Placed, State
 from vllm_llmd.router.prefix_index import Difference, PrefixIndex, unpacked
 from vllm_llmd.router.request import Facts
 from vllm_llmd.router.settings import RouterSettings
@@ -62,6 +62,8 @@ class Fleet:
         """Blocks that the index was off by when a snapshot healed it, since start."""
         self._verdicts: dict[EngineId, Verdict] = {}
         self._unverified: set[EngineId] = set()
+        self._rosters: dict[str | None, tuple[Roster, Places]] = {}
+        self._rosters_version = 0
         self.membership = Membership(settings.stale_after_ms, settings.gone_after_ms)
         self.index = PrefixIndex(settings.index_blocks)
         self.texts = TextIndex(settings.text_chunks)
@@ -179,16 +181,16 @@ class Fleet:
         """The request's text as the text index knows it."""
         return text_index.cut(facts.seed, facts.text, self._settings.text_chunk_bytes)
 
-    def candidates(self, facts: Facts, chunks: Chunks, tried: Sequence[EngineId] = ()) -> list[Candidate]:
+    def candidates(self, facts: Facts, chunks: Chunks, tried: Sequence[EngineId] = ()) -> Candidates:
         """Every ready engine that serves the model and was not tried yet, with what it has cached of the prompt."""
-        engines = [
-            engine
-            for engine in self.membership.ready()
-            if engine.info.id not in tried and (facts.model is None or facts.model in engine.info.models)
-        ]
-        chains = {shape: self._chain(facts, chunks, *shape) for shape in {_shape(engine, facts) for engine in engines}}
-        depths = {shape: self.index.match(chain) for shape, chain in chains.items()}
-        return [_candidate(engine, depths[_shape(engine, facts)].of(engine.info.id)) for engine in engines]
+        roster, places = self._roster(facts.model, tried)
+        prefix_blocks = np.zeros(len(places), np.int64)
+        for (block_size, base), among in roster.shapes:
+            chain = self._chain(facts, chunks, block_size, base)
+            prefix_blocks[among] = self.index.match(chain).at(places[among])
+        requests = np.array([engine.requests_ahead for engine in roster.engines], np.int64)
+        tokens = np.array([engine.tokens_ahead for engine in roster.engines], np.int64)
+        return Candidates(roster, prefix_blocks, costs.queue_ms(requests, tokens))
 
     def place(self, request: str, decision: Decision, chunks: Chunks) -> None:
         """Counts a decision until the engines report it, and waits for the prompt's blocks to learn from."""
@@ -199,14 +201,14 @@ class Fleet:
             engine = self.membership.get(engine_id)
             if engine is not None:
                 computes = engine_id == (decision.source or decision.destination)
-                engine.unreported[request] = Placed(now_ms, decision.uncached_tokens if computes else 0)
+                engine.place(request, Placed(now_ms, decision.uncached_tokens if computes else 0))
 
     def done(self, request: str, decision: Decision) -> None:
         """The request has ended, well or not."""
         for engine_id in (decision.destination, decision.source):
             engine = None if engine_id is None else self.membership.get(engine_id)
             if engine is not None:
-                engine.unreported.pop(request, None)
+                engine.ended(request)
 
     def verify(self, engine: EngineId) -> None:
         """Asks the engine, with the next tick, what it holds, to compare the index with; the answer is its verdict."""
@@ -220,19 +222,28 @@ class Fleet:
     def cursor(self, engine: EngineId) -> Cursor | None:
         return self._cursors.get(engine)
 
-    def _chain(self, facts: Facts, chunks: Chunks, block_size: int, exact: bool) -> Names:
-        if exact and facts.tokens is not None:
+    def _roster(self, model: str | None, tried: Sequence[EngineId]) -> tuple[Roster, Places]:
+        """Who could take the request, and their places in the index. Kept while the fleet stays the same."""
+        if self._rosters_version != self.membership.version:
+            self._rosters.clear()
+            self._rosters_version = self.membership.version
+        known = None if tried else self._rosters.get(model)
+        if known is not None:
+            return known
+        engines = [
+            engine
+            for engine in self.membership.ready()
+            if engine.info.id not in tried and (model is None or model in engine.info.models)
+        ]
+        made = Roster.of(engines, model), self.index.places(engine.info.id for engine in engines)
+        if engines and not tried:
+            self._rosters[model] = made
+        return made
+
+    def _chain(self, facts: Facts, chunks: Chunks, block_size: int, base: bool) -> Names:
+        if base and facts.tokens is not None:
             return _names_of(facts.tokens, block_size, facts.salt)
         return np.array(self.texts.predict(block_size, chunks), np.uint64)
-
-
-def _shape(engine: Engine, facts: Facts) -> tuple[int, bool]:
-    """What the prompt's block names at an engine depend on: its block size, and whether tokens and salt name them.
-
-    An engine lists its base model first; any other name may be an adapter, which is part of the names.
-    """
-    base = facts.model is None or facts.model == engine.info.models[0]
-    return engine.info.block_size, facts.tokens is not None and base
 
 
 def _names_of(tokens: "array[int]", block_size: int, salt: str | None) -> Names:
@@ -242,18 +253,6 @@ def _names_of(tokens: "array[int]", block_size: int, salt: str | None) -> Names:
         digests = np.zeros(len(tokens) // block_size, np.uint64)
         digests[:1] = digest(salt_of([salt]))
     return chain_names(np.frombuffer(tokens, np.uint32), block_size, digests=digests)
-
-
-def _candidate(engine: Engine, prefix_blocks: int) -> Candidate:
-    placed = engine.unreported.values()
-    return Candidate(
-        engine=engine.info.id,
-        role=engine.info.role,
-        fingerprint=engine.info.fingerprint,
-        block_size=engine.info.block_size,
-        prefix_blocks=prefix_blocks,
-        queue_ms=costs.queue_ms(engine.load, len(placed), sum(each.prefill_tokens for each in placed)),
-    )
 
 
 def _refuse_former(engine: EngineId) -> wire.Refused:

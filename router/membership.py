@@ -63,10 +63,37 @@ class Engine:
     load: Load = field(default_factory=Load)
     load_at_ms: float = 0.0
     unreported: dict[str, Placed] = field(default_factory=dict)
+    requests_ahead: int = 0
+    tokens_ahead: int = 0
+    """Requests, and prompt tokens to prefill, that it has to do, including what it has not reported yet."""
+
+    def place(self, request: str, placed: Placed) -> None:
+        """Counts a request that this router sends to it until its own report does."""
+        self.ended(request)
+        self.unreported[request] = placed
+        self.requests_ahead += 1
+        self.tokens_ahead += placed.prefill_tokens
+
+    def ended(self, request: str) -> None:
+        """The request is over, reported or not."""
+        placed = self.unreported.pop(request, None)
+        if placed is not None:
+            self.requests_ahead -= 1
+            self.tokens_ahead -= placed.prefill_tokens
+
+    def reported(self, load: Load, now_ms: float) -> None:
+        """Takes a load report in. It covers what was placed before the report before it."""
+        still = {request: placed for request, placed in self.unreported.items() if placed.at_ms > self.load_at_ms}
+        self.load, self.load_at_ms, self.unreported = load, now_ms, still
+        self.requests_ahead = load.running + load.waiting + load.waiting_for_kv + len(still)
+        self.tokens_ahead = load.prefill_tokens + sum(placed.prefill_tokens for placed in still.values())
 
 
 class Membership:
-    """The table of engines. `changed` says that the list to publish differs from the one published last."""
+    """The table of engines. `changed` says that the list to publish differs from the one published last.
+
+    `version` is another after every change of who there is, of an engine's state or of what it says of itself.
+    """
 
     def __init__(self, stale_after_ms: float, gone_after_ms: float) -> None:
         self._stale_after_ms = stale_after_ms
@@ -75,6 +102,7 @@ class Membership:
         self._former: dict[EngineId, deque[Epoch]] = {}
         self._ticked_ms: float | None = None
         self.changed = False
+        self.version = 0
 
     def get(self, engine: EngineId) -> Engine | None:
         return self._engines.get(engine)
@@ -108,12 +136,14 @@ class Membership:
             if known.info != info:
                 known.info = info
                 self.changed = True
+                self.version += 1
             return False
         former = self._former.setdefault(info.id, deque(maxlen=FORMER_EPOCHS_KEPT))
         if known is not None:
             former.append(known.info.epoch)
         self._engines[info.id] = Engine(info, State.JOINING, now_ms)
         self.changed = True
+        self.version += 1
         return True
 
     def heard(self, engine: EngineId, now_ms: float) -> bool:
@@ -123,12 +153,7 @@ class Membership:
         return self._on(known, Event.HEARD)
 
     def reported(self, engine: EngineId, load: Load, now_ms: float) -> None:
-        """Takes a load report in. It covers what was placed before the report before it."""
-        known = self._engines[engine]
-        known.unreported = {
-            request: placed for request, placed in known.unreported.items() if placed.at_ms > known.load_at_ms
-        }
-        known.load, known.load_at_ms = load, now_ms
+        self._engines[engine].reported(load, now_ms)
 
     def index_exact(self, engine: EngineId) -> None:
         self._on(self._engines[engine], Event.INDEX_EXACT)
@@ -158,6 +183,7 @@ class Membership:
         if state is None:
             return False
         engine.state = state
+        self.version += 1
         if state is State.GONE:
             del self._engines[engine.info.id], self._former[engine.info.id]
             self.changed = True

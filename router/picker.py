@@ -1,44 +1,35 @@
-"""Chooses among candidates: the longest cached prefix, then the least load, then chance. Pure."""
+"""Chooses among candidates: the longest cached prefix, then the least load, then chance. Pure.
+
+Candidates are spoken of by their places in the columns.
+"""
 
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
 
-from vllm_llmd.names import EngineId, Role
+from vllm_llmd.router.candidates import Candidates, Counts, Places
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """An engine that is ready and serves the model. `prefix_blocks`: how much of the prompt it has cached."""
-
-    engine: EngineId
-    role: Role
-    fingerprint: str
-    block_size: int
-    prefix_blocks: int
-    queue_ms: float
+def destinations(candidates: Candidates) -> Places:
+    """Who may decode."""
+    return candidates.roster.decoders
 
 
-def destinations(candidates: Sequence[Candidate]) -> Sequence[Candidate]:
-    """Who may decode: engines with a role for it, or anyone when there is none."""
-    return [candidate for candidate in candidates if candidate.role != "prefill"] or candidates
-
-
-def sources(candidates: Sequence[Candidate], destination: Candidate) -> Sequence[Candidate]:
+def sources(candidates: Candidates, destination: int) -> Places:
     """Who may prefill for `destination`."""
-    return [
-        candidate
-        for candidate in candidates
-        if candidate.role == "prefill"
-        and candidate.fingerprint == destination.fingerprint
-        and candidate.engine != destination.engine
-    ]
+    prefillers, kinds = candidates.roster.prefillers, candidates.roster.kinds
+    found: Places = prefillers[(kinds[prefillers] == kinds[destination]) & (prefillers != destination)]
+    return found
 
 
-def best(candidates: Sequence[Candidate], rng: random.Random) -> Candidate | None:
-    """The candidate with the longest prefix in tokens; of equals the least loaded; of equals any."""
-    return min(
-        candidates,
-        key=lambda candidate: (-candidate.prefix_blocks * candidate.block_size, candidate.queue_ms, rng.random()),
-        default=None,
-    )
+def best(eligible: Places, candidates: Candidates, rng: random.Random) -> int | None:
+    """Who of the eligible has the longest prefix in tokens; of equals the least loaded; of equals any."""
+    if not len(eligible):
+        return None
+    cached = prefix_tokens(candidates)[eligible]
+    longest = eligible[cached == cached.max()]
+    queue_ms = candidates.queue_ms[longest]
+    equals = longest[queue_ms == queue_ms.min()]
+    return int(equals[rng.randrange(len(equals))])
+
+
+def prefix_tokens(candidates: Candidates) -> Counts:
+    return candidates.prefix_blocks * candidates.roster.block_sizes

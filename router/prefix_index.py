@@ -6,7 +6,7 @@ engines hold. Not to be called from two threads at once.
 
 import heapq
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +18,8 @@ from vllm_llmd.kernels.prefix_table_cpu import Bank
 from vllm_llmd.names import EngineId
 
 log = logging.getLogger(__name__)
+
+Places = npt.NDArray[np.intp]
 
 _EVERYONE = (1 << BANK_ENGINES) - 1
 
@@ -54,6 +56,10 @@ class Depths:
         """How many blocks from the start the engine holds."""
         seat = self.seats.get(engine)
         return 0 if seat is None else int(self.banks[seat.bank][seat.number])
+
+    def at(self, places: Places) -> npt.NDArray[np.int64]:
+        """The same for many engines, by their places."""
+        return np.concatenate(self.banks)[places].astype(np.int64) if len(places) else np.empty(0, np.int64)
 
 
 class PrefixIndex:
@@ -108,6 +114,11 @@ class PrefixIndex:
     def match(self, names: Names) -> Depths:
         """How many blocks from the start of `names` each engine holds without a hole."""
         return Depths(self._seats, [bank.match(names, _EVERYONE) for bank in self._banks])
+
+    def places(self, engines: Iterable[EngineId]) -> Places:
+        """Where `Depths.at` finds them, for as long as none of them is forgotten."""
+        seats = map(self._seat, engines)
+        return np.array([seat.bank * BANK_ENGINES + seat.number for seat in seats], np.intp)
 
     def held(self, engine: EngineId) -> Names:
         """What the engine holds, in any order."""

@@ -52,6 +52,7 @@ PURE = (
     "router/membership.py",
     "router/cursor.py",
     "router/fleet.py",
+    "router/candidates.py",
     "router/picker.py",
     "router/costs.py",
     "router/decide.py",

@@ -1,18 +1,51 @@
 import random
+from dataclasses import dataclass
 
+import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_llmd.names import EngineId, Role
+from vllm_llmd.names import EngineId, Epoch, Role
+from vllm_llmd.router.candidates import Candidates, Roster
 from vllm_llmd.router.costs import queue_ms
 from vllm_llmd.router.decide import Decision, Policy, decide
-from vllm_llmd.router.picker import Candidate
+from vllm_llmd.router.membership import Engine, State
 from vllm_llmd.router.request import Facts
-from vllm_llmd.wire import Load
+from vllm_llmd.wire import EngineInfo
 
 
-def engine(name: str, role: Role = "both", prefix: int = 0, queue: float = 0.0, fingerprint: str = "f") -> Candidate:
-    return Candidate(EngineId(name), role, fingerprint, block_size=16, prefix_blocks=prefix, queue_ms=queue)
+@dataclass(frozen=True)
+class Candidate:
+    """One row of the columns."""
+
+    info: EngineInfo
+    prefix: int
+    queue: float
+
+    @property
+    def engine(self) -> EngineId:
+        return self.info.id
+
+    @property
+    def role(self) -> Role:
+        return self.info.role
+
+    @property
+    def fingerprint(self) -> str:
+        return self.info.fingerprint
+
+
+def engine(
+    name: str, role: Role = "both", prefix: int = 0, queue: float = 0.0, fingerprint: str = "f", block_size: int = 16
+) -> Candidate:
+    info = EngineInfo(EngineId(name), Epoch(1), role, "", ["m"], block_size, 100, 100, fingerprint, [])
+    return Candidate(info, prefix, queue)
+
+
+def columns(*rows: Candidate) -> Candidates:
+    roster = Roster.of([Engine(row.info, State.READY, 0) for row in rows], "m")
+    return Candidates(roster, np.array([row.prefix for row in rows], int), np.array([row.queue for row in rows], float))
 
 
 def facts(tokens: int) -> Facts:
@@ -20,13 +53,13 @@ def facts(tokens: int) -> Facts:
 
 
 def choose(tokens: int, *candidates: Candidate, seed: int = 0) -> Decision:
-    decision = decide(facts(tokens), candidates, Policy(256, random.Random(seed)))
+    decision = decide(facts(tokens), columns(*candidates), Policy(256, random.Random(seed)))
     assert decision is not None
     return decision
 
 
 def test_no_candidate_no_decision() -> None:
-    assert decide(facts(10), [], Policy(256, random.Random())) is None
+    assert decide(facts(10), columns(), Policy(256, random.Random())) is None
 
 
 def test_the_longest_prefix_wins_over_load() -> None:
@@ -69,11 +102,29 @@ def test_a_prefill_engine_whose_blocks_are_not_valid_elsewhere_is_no_source() ->
     assert choose(1000, engine("d"), engine("p", "prefill", fingerprint="other")).source is None
 
 
-def test_load_counts_what_the_engine_has_and_what_it_does_not_know_of_yet() -> None:
-    idle = queue_ms(Load(), 0, 0)
-    loads = [Load(running=1), Load(waiting=1), Load(waiting_for_kv=1), Load(prefill_tokens=1)]
-    assert all(queue_ms(load, 0, 0) > idle for load in loads)
-    assert queue_ms(Load(), 1, 0) > idle and queue_ms(Load(), 0, 1) > idle
+def test_prefixes_are_compared_in_tokens() -> None:
+    assert choose(100, engine("a", prefix=3), engine("b", prefix=2, block_size=32)).destination == "b"
+
+
+def test_load_counts_requests_and_tokens_ahead_of_each_candidate() -> None:
+    idle, one_request, one_token = queue_ms(np.array([0, 1, 0]), np.array([0, 0, 1]))
+    assert idle == 0 < one_token < one_request
+
+
+def test_the_columns_of_a_roster_are_in_one_order() -> None:
+    rows = engine("p", "prefill", fingerprint="g"), engine("d", "decode", block_size=32), engine("b", fingerprint="g")
+    roster = columns(*rows).roster
+    assert [roster.id(place) for place in roster.decoders] == ["d", "b"]
+    assert [roster.id(place) for place in roster.prefillers] == ["p"]
+    assert roster.kinds[0] == roster.kinds[2] != roster.kinds[1]
+    assert roster.block_sizes.tolist() == [16, 32, 16]
+
+
+@pytest.mark.parametrize(("model", "base"), [("m", True), (None, True), ("adapter", False)])
+def test_engines_that_name_blocks_alike_are_looked_up_together(model: str | None, base: bool) -> None:
+    rows = engine("a"), engine("b", block_size=32), engine("c")
+    roster = Roster.of([Engine(row.info, State.READY, 0) for row in rows], model)
+    assert {shape: places.tolist() for shape, places in roster.shapes} == {(16, base): [0, 2], (32, base): [1]}
 
 
 roles = st.sampled_from(["prefill", "decode", "both"])

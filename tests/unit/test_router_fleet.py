@@ -16,6 +16,7 @@ from vllm_llmd.kernels.hash_chain import ROOT, block_name, chain_names, salt_of
 from vllm_llmd.kv_connector import link
 from vllm_llmd.kv_connector.link import Change, Dialogue, Mirror, Say
 from vllm_llmd.names import BlockName, EngineId, Epoch
+from vllm_llmd.router.candidates import Candidates
 from vllm_llmd.router.fleet import Fleet, Reply, Verdict
 from vllm_llmd.router.membership import State
 from vllm_llmd.router.prefix_index import Difference
@@ -330,5 +331,28 @@ def test_token_prompts_of_the_base_model_are_matched_by_tokens_and_salt(model: s
     names = [*chain_names([1, 2, 3, 4], 2), first, second, block_name(second, [5, 6])]
     fleet.on_message(SENDER, wire.Snapshot(A, mine.epoch, 0, 0, 1, wire.pack_names(names)))
     facts = read_facts("completion", {"model": model, "prompt": [1, 2, 3, 4, 5, 6, 7], "cache_salt": salt})
-    [candidate] = fleet.candidates(facts, fleet.cut(facts))
-    assert candidate.prefix_blocks == blocks
+    assert fleet.candidates(facts, fleet.cut(facts)).prefix_blocks.tolist() == [blocks]
+
+
+def test_candidates_follow_the_fleet_as_it_changes() -> None:
+    fleet = Fleet(SETTINGS, FakeClock(), "r")
+    facts = read_facts("completion", {"model": "m", "prompt": [1, 2, 3, 4]})
+    chunks = fleet.cut(facts)
+    assert len(fleet.candidates(facts, chunks)) == 0
+    for name in ("a", "b"):
+        mine = info(engine=EngineId(name))
+        fleet.on_message(name.encode(), wire.Hello(mine))
+        assert name not in ids(fleet.candidates(facts, chunks))
+        fleet.on_message(name.encode(), wire.Snapshot(mine.id, mine.epoch, 0, 0, 1, b""))
+        assert name in ids(fleet.candidates(facts, chunks))
+    fleet.on_message(
+        b"b", wire.BlocksChanged(mine.id, mine.epoch, 1, False, b"", wire.pack_names(chain_names([1, 2], 2)))
+    )
+    assert fleet.candidates(facts, chunks).prefix_blocks.tolist() == [0, 1]
+    assert ids(fleet.candidates(facts, chunks, tried=[mine.id])) == ["a"]
+    fleet.on_message(b"b", wire.Goodbye(mine.id, mine.epoch))
+    assert ids(fleet.candidates(facts, chunks)) == ["a"]
+
+
+def ids(candidates: Candidates) -> list[str]:
+    return [engine.info.id for engine in candidates.roster.engines]

@@ -96,13 +96,47 @@ def test_the_list_is_to_be_published_when_it_changes_and_only_then(members: Memb
 def test_a_load_report_covers_what_was_placed_before_the_report_before_it(members: Membership) -> None:
     engine = members.get(A)
     assert engine is not None
-    engine.unreported["early"] = Placed(5, 0)
+    engine.place("early", Placed(5, 0))
     members.reported(A, Load(), 10)
-    engine.unreported["late"] = Placed(15, 0)
+    engine.place("late", Placed(15, 0))
     members.reported(A, Load(running=1), 20)
     assert list(engine.unreported) == ["late"] and engine.load.running == 1
     members.reported(A, Load(), 30)
     assert not engine.unreported
+
+
+LOADS = [Load(running=1), Load(waiting=1), Load(waiting_for_kv=1)]
+
+
+@pytest.mark.parametrize("load", LOADS)
+def test_ahead_is_what_the_engine_reports_and_what_it_does_not_know_of_yet(members: Membership, load: Load) -> None:
+    engine = members.get(A)
+    assert engine is not None
+    engine.place("early", Placed(5, 100))
+    assert (engine.requests_ahead, engine.tokens_ahead) == (1, 100)
+    members.reported(A, msgspec.structs.replace(load, prefill_tokens=7), 10)
+    assert (engine.requests_ahead, engine.tokens_ahead) == (2, 107)
+    engine.place("late", Placed(15, 30))
+    engine.place("late", Placed(15, 40))
+    assert (engine.requests_ahead, engine.tokens_ahead) == (3, 147)
+    engine.ended("early")
+    engine.ended("never placed")
+    assert (engine.requests_ahead, engine.tokens_ahead) == (2, 47)
+
+
+def test_the_version_is_another_after_every_change_of_who_is_there_and_how(members: Membership) -> None:
+    versions = [members.version]
+    for change in (
+        lambda: members.index_exact(A),
+        lambda: members.join(msgspec.structs.replace(INFO, workers=["tcp://w"]), 2),
+        lambda: members.join(msgspec.structs.replace(INFO, id=EngineId("other")), 3),
+        lambda: members.left(A),
+    ):
+        change()
+        versions.append(members.version)
+    assert len(set(versions)) == len(versions)
+    members.reported(EngineId("other"), Load(), 4)
+    assert members.version == versions[-1]
 
 
 def test_nothing_leads_out_of_gone_and_joining_leads_to_ready_by_an_exact_index_alone() -> None:

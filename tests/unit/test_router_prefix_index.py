@@ -61,6 +61,17 @@ def test_engines_beyond_a_bank_are_told_apart() -> None:
         index.apply(engine, of([]), of(list(range(1, number + 2))))
     depths = index.match(of(list(range(1, 1000))))
     assert [depths.of(engine) for engine in fleet] == list(range(1, len(fleet) + 1))
+    some = [fleet[-1], fleet[0], fleet[70]]
+    assert depths.at(index.places(some)).tolist() == [len(fleet), 1, 71]
+
+
+def test_an_engine_that_holds_nothing_has_a_place_too() -> None:
+    index = PrefixIndex(1000)
+    places = index.places([A, B])
+    assert index.match(of([1])).at(places).tolist() == [0, 0]
+    index.apply(B, of([]), of([1]))
+    assert index.match(of([1])).at(places).tolist() == [0, 1]
+    assert index.match(of([1])).at(index.places([])).tolist() == []
 
 
 def test_what_finds_no_room_is_counted_until_it_is_told_anew(log: pytest.LogCaptureFixture) -> None:

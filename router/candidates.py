@@ -1,0 +1,75 @@
+"""The engines that a request could go to, as columns: one engine, one place of every array. Pure.
+
+A roster is what does not depend on the request; it is made once for as long as the fleet stays the same.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from vllm_llmd.names import EngineId
+from vllm_llmd.router.membership import Engine
+
+Places = npt.NDArray[np.intp]
+"""Where engines stand in the columns, shape (n,)."""
+Counts = npt.NDArray[np.int64]
+"""One count per engine, shape (engines,)."""
+Milliseconds = npt.NDArray[np.float64]
+"""One time per engine, shape (engines,)."""
+Shape = tuple[int, bool]
+
+
+@dataclass(frozen=True, eq=False)
+class Roster:
+    """`decoders` may decode: who has a role for it, or everyone if nobody has. `prefillers` prefill for others.
+
+    `kinds` are equal where fingerprints are. `shapes` are the ways in which the engines name the prompt's blocks: by
+    blocks of so many tokens, for their base model or not; and who does so.
+    """
+
+    engines: tuple[Engine, ...]
+    decoders: Places
+    prefillers: Places
+    kinds: Counts
+    block_sizes: Counts
+    shapes: tuple[tuple[Shape, Places], ...]
+
+    @classmethod
+    def of(cls, engines: Sequence[Engine], model: str | None) -> "Roster":
+        """`model` is what is asked for; None stands for each engine's base model."""
+        prefills = np.array([engine.info.role == "prefill" for engine in engines], bool)
+        decodes = ~prefills if not prefills.all() else ~np.zeros_like(prefills)
+        kinds: dict[str, int] = {}
+        shapes: dict[Shape, list[int]] = {}
+        for place, engine in enumerate(engines):
+            shapes.setdefault(_shape(engine, model), []).append(place)
+        return cls(
+            engines=tuple(engines),
+            decoders=np.flatnonzero(decodes),
+            prefillers=np.flatnonzero(prefills),
+            kinds=np.array([kinds.setdefault(engine.info.fingerprint, len(kinds)) for engine in engines], np.int64),
+            block_sizes=np.array([engine.info.block_size for engine in engines], np.int64),
+            shapes=tuple((shape, np.array(places, np.intp)) for shape, places in shapes.items()),
+        )
+
+    def id(self, place: int) -> EngineId:
+        return self.engines[place].info.id
+
+
+def _shape(engine: Engine, model: str | None) -> Shape:
+    """An engine lists its base model first; any other name may be an adapter, which is part of the names."""
+    return engine.info.block_size, model is None or model == engine.info.models[0]
+
+
+@dataclass(frozen=True, eq=False)
+class Candidates:
+    """The engines of a roster and what concerns one request: how much of the prompt each has cached, and its queue."""
+
+    roster: Roster
+    prefix_blocks: Counts
+    queue_ms: Milliseconds
+
+    def __len__(self) -> int:
+        return len(self.roster.engines)
