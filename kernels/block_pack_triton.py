@@ -233,7 +233,8 @@ def _from_e4m3(codes: tl.tensor) -> tl.tensor:
     normal = ((magnitude << 20) + (120 << 23)).to(tl.float32, bitcast=True)
     number = tl.where(magnitude >= 8, normal, (normal - 2.0**-7) * 2.0)
     number = tl.where(magnitude == 0x7F, float("nan"), number)
-    return tl.where(codes >= 0x80, -number, number)
+    sign = (codes.to(tl.uint32) & 0x80) << 24  # Triton's own minus is 0 - x, which knows no -0
+    return (number.to(tl.uint32, bitcast=True) | sign).to(tl.float32, bitcast=True)
 
 
 @kernel
