@@ -46,6 +46,10 @@ class BankLike(Protocol):
         """
         ...
 
+    def holders(self, names: Names) -> Names:
+        """Who holds each of `names`, shape (n,): bit `e` is set for engine `e`."""
+        ...
+
     def held(self, engine: int) -> Names:
         """What the engine holds, in any order."""
         ...
@@ -82,6 +86,10 @@ class PlainBank:
         depths = [_depth(_ints(names), held) if engines >> e & 1 else 0 for e, held in enumerate(self._held)]
         return np.array(depths, dtype=np.int32)
 
+    def holders(self, names: Names) -> Names:
+        bits = [sum((name in held) << e for e, held in enumerate(self._held)) for name in _ints(names)]
+        return np.array(bits, dtype=np.uint64)
+
     def held(self, engine: int) -> Names:
         return np.array(sorted(self._held[engine]), dtype=np.uint64)
 
@@ -90,6 +98,13 @@ class PlainBank:
         for name in self._held[engine]:
             digest ^= name
         return Contents(len(self._held[engine]), digest)
+
+
+def depths_of(holders: Names) -> npt.NDArray[np.int32]:
+    """How many from the start of `holders` each engine is among without a hole, shape (64,)."""
+    bits = _ints(holders)
+    depths = [next((depth for depth, held in enumerate(bits) if not held >> e & 1), len(bits)) for e in range(64)]
+    return np.array(depths, dtype=np.int32)
 
 
 def _ints(names: Iterable[np.uint64]) -> list[int]:

@@ -79,11 +79,19 @@ class Bank:
     def match(self, names: Names, engines: int) -> npt.NDArray[np.int32]:
         return _match(self._slots, self._directory, self._state, names, np.uint64(engines))
 
+    def holders(self, names: Names) -> Names:
+        return _holders(self._slots, self._directory, self._state, names)
+
     def held(self, engine: int) -> Names:
         return _held(self._slots, self._state, self._blocks[engine], engine)
 
     def contents(self, engine: int) -> Contents:
         return Contents(int(self._blocks[engine]), int(self._digests[engine]))
+
+
+def depths_of(holders: Names) -> npt.NDArray[np.int32]:
+    """As the reference."""
+    return _depths_of(holders)
 
 
 def compile_ahead() -> None:
@@ -93,6 +101,7 @@ def compile_ahead() -> None:
         bank.store(names, 0)
         bank.remove(names, 0)
         bank.match(names, 1)
+        depths_of(bank.holders(names))
     bank.clear(0)
     bank.held(0)
 
@@ -310,6 +319,32 @@ def _match(slots: Slots, directory: Directory, state: Counts, names: Names, aliv
             if alive == NO_NAME:
                 return depths
     _note(depths, alive, len(names))
+    return depths
+
+
+@compiled
+def _holders(slots: Slots, directory: Directory, state: Counts, names: Names) -> Names:
+    holders = np.empty(len(names), np.uint64)
+    near = np.empty((AHEAD, 2), np.uint64)
+    for number in range(len(names)):
+        if number % AHEAD == 0:
+            _fetch(slots, directory, state, names, number, near)
+        holders[number] = slots[_row_of(slots, near, number, names[number]), HOLDERS]
+    return holders
+
+
+@compiled
+def _depths_of(holders: Names) -> npt.NDArray[np.int32]:
+    depths = np.zeros(BANK_ENGINES, np.int32)
+    alive = ~NO_NAME
+    for depth in range(len(holders)):
+        held = alive & holders[depth]
+        if held != alive:
+            _note(depths, alive ^ held, depth)
+            alive = held
+            if alive == NO_NAME:
+                return depths
+    _note(depths, alive, len(holders))
     return depths
 
 

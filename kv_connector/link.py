@@ -13,8 +13,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
-from functools import reduce
-from operator import xor
 from types import MappingProxyType
 from typing import Final
 
@@ -23,7 +21,8 @@ import zmq
 from vllm_llmd import wire
 from vllm_llmd.clock import Clock, MonotonicClock
 from vllm_llmd.errors import ConfigError, WireError
-from vllm_llmd.names import BlockName, EngineId
+from vllm_llmd.kv_connector.mirror import Change, Mirror
+from vllm_llmd.names import BlockName, EngineId, Tier
 from vllm_llmd.wire import EngineInfo, Load
 
 log = logging.getLogger(__name__)
@@ -31,7 +30,6 @@ log = logging.getLogger(__name__)
 HELLO_EVERY_MS: Final = 1000.0
 UNSENT_HELLO_EVERY_MS: Final = 100.0
 REFUSED_HELLO_EVERY_MS: Final = 5000.0
-NAMES_PER_PART: Final = 65_536
 SEND_QUEUE_MESSAGES: Final = 10_000
 GOODBYE_LINGER_MS: Final = 200
 IDLE_POLL_MS: Final = 1000.0
@@ -116,49 +114,6 @@ class Dialogue:
         return set()
 
 
-@dataclass
-class Mirror:
-    """What the engine's prefix cache holds, as told so far, and the number of the last change.
-
-    `digest` is the exclusive or of the names held: a router that has it too holds the same.
-    """
-
-    info: EngineInfo
-    seq: int = 0
-    held: set[BlockName] = field(default_factory=set)
-    digest: int = 0
-
-    def change(self, change: "Change") -> wire.BlocksChanged:
-        """Applies a net change and returns the message that tells of it."""
-        if change.cleared:
-            self.held.clear()
-            self.digest = 0
-        removed = self.held.intersection(change.removed)
-        self.held -= removed
-        stored = set(change.stored) - self.held
-        self.held |= stored
-        self.digest = reduce(xor, (*removed, *stored), self.digest)
-        self.seq += 1
-        packed = wire.pack_names(change.removed), wire.pack_names(change.stored)
-        return wire.BlocksChanged(self.info.id, self.info.epoch, self.seq, change.cleared, *packed)
-
-    def snapshot(self) -> list[wire.Snapshot]:
-        """Everything held as of `seq`, in at least one part."""
-        names = list(self.held)
-        starts = range(0, max(len(names), 1), NAMES_PER_PART)
-        return [
-            wire.Snapshot(
-                engine=self.info.id,
-                epoch=self.info.epoch,
-                seq=self.seq,
-                part=part,
-                parts=len(starts),
-                names=wire.pack_names(names[start : start + NAMES_PER_PART]),
-            )
-            for part, start in enumerate(starts)
-        ]
-
-
 def merge_members(peers: Iterable[EngineInfo], lists: Iterable[Sequence[EngineInfo]]) -> Mapping[EngineId, EngineInfo]:
     """Static peers, overridden by every router's latest list; of two that disagree, the later in `lists` counts."""
     members = {peer.id: peer for peer in peers}
@@ -168,13 +123,6 @@ def merge_members(peers: Iterable[EngineInfo], lists: Iterable[Sequence[EngineIn
 
 
 # --- what the engine thread hands over --------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Change:
-    cleared: bool
-    removed: Sequence[BlockName]
-    stored: Sequence[BlockName]
 
 
 @dataclass(frozen=True)
@@ -239,10 +187,12 @@ class EngineLink:
         """Starts the link thread. Routers may come later."""
         self._thread.start()
 
-    def publish(self, cleared: bool, removed: Sequence[BlockName], stored: Sequence[BlockName]) -> None:
-        """Tells of a net change of the prefix cache: clear, then remove, then store. Does not block."""
+    def publish(
+        self, cleared: bool, removed: Sequence[BlockName], stored: Sequence[BlockName], tier: Tier = "gpu"
+    ) -> None:
+        """Tells of a net change of a tier of the prefix cache: clear, then remove, then store. Does not block."""
         if cleared or removed or stored:
-            self._hand_over(Change(cleared, removed, stored))
+            self._hand_over(Change(cleared, removed, stored, tier))
 
     def seen(self, request: str, prompt_tokens: int, names: Sequence[BlockName]) -> None:
         """Tells of the block names of a prompt, under the router's name for the request. Does not block."""
@@ -349,8 +299,7 @@ class EngineLink:
             for part in mirror.snapshot():
                 connection.send(part)
         if Say.HEARTBEAT in owed:
-            load = self._settings.read_load()
-            connection.send(wire.Heartbeat(info.id, info.epoch, mirror.seq, len(mirror.held), mirror.digest, load))
+            connection.send(mirror.heartbeat(self._settings.read_load()))
 
     def _replace_members(self, endpoint: str, engines: Sequence[EngineInfo]) -> None:
         self._lists.pop(endpoint, None)

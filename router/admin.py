@@ -7,7 +7,7 @@ from typing import Final
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
-from vllm_llmd.names import EngineId
+from vllm_llmd.names import TIERS, EngineId, Tier
 from vllm_llmd.router import observe, replies
 from vllm_llmd.router.fleet import Fleet
 from vllm_llmd.router.membership import Engine
@@ -50,8 +50,10 @@ class Admin:
         cursor = self._fleet.cursor(engine)
         if cursor is None:
             return replies.error(404, f"There is no engine {engine}.", "engine_not_found")
-        names = sorted(self._fleet.index.held(engine).tolist())
-        return web.json_response({"seq": cursor.seq, "exact": cursor.exact, "names": [str(name) for name in names]})
+        gpu, *lower = TIERS
+        offloaded = {tier: self._names(engine, tier) for tier in lower}
+        shown = {"seq": cursor.seq, "exact": cursor.exact, "names": self._names(engine, gpu)}
+        return web.json_response(shown | {"offloaded": {tier: names for tier, names in offloaded.items() if names}})
 
     async def _verify(self, http: web.Request) -> web.Response:
         engine = EngineId(http.match_info["engine"])
@@ -77,6 +79,9 @@ class Admin:
             }
         )
 
+    def _names(self, engine: EngineId, tier: Tier) -> list[str]:
+        return [str(name) for name in sorted(self._fleet.index.held(engine, tier).tolist())]
+
     def _shown(self, engine: Engine) -> dict[str, object]:
         info, load = engine.info, engine.load
         return {
@@ -87,7 +92,7 @@ class Admin:
             "http": info.http,
             "models": info.models,
             "load": {name: getattr(load, name) for name in load.__struct_fields__},
-            "blocks_indexed": self._fleet.index.contents(info.id).blocks,
+            "blocks_indexed": sum(self._fleet.index.contents(info.id, tier).blocks for tier in TIERS),
         }
 
 

@@ -4,10 +4,12 @@ Pure. The contract: whatever is dropped, doubled or reordered, once a snapshot a
 through, the changes returned here make the index equal to what the engine holds.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
 from vllm_llmd.kernels.prefix_table import Contents
+from vllm_llmd.names import TIERS, Tier
 from vllm_llmd.wire import BlocksChanged, Heartbeat, Snapshot, check_packed
 
 CHANGES_KEPT: Final = 10_000
@@ -20,12 +22,12 @@ VERIFY: Final = "verify"
 class Outcome:
     """What to do to the index, in this order, and why to ask for a snapshot (None: no need).
 
-    `replace` are packed names, `again` if this is not the first time in the engine's life. `compare` are packed names
-    that the index should have.
+    `replace` are packed names by tier, `again` if this is not the first time in the engine's life. `compare` are packed
+    names that the index should have.
     """
 
-    compare: bytes | None = None
-    replace: bytes | None = None
+    compare: Mapping[Tier, bytes] | None = None
+    replace: Mapping[Tier, bytes] | None = None
     again: bool = False
     changes: tuple[BlocksChanged, ...] = ()
     snapshot_wanted: str | None = None
@@ -37,7 +39,17 @@ class _Parts:
 
     seq: int
     parts: int
-    names: dict[int, bytes] = field(default_factory=dict)
+    received: dict[int, Snapshot] = field(default_factory=dict)
+
+    @property
+    def whole(self) -> bool:
+        return len(self.received) == self.parts
+
+    @property
+    def names(self) -> Mapping[Tier, bytes]:
+        """All names by tier, packed."""
+        every = [self.received[part] for part in range(self.parts)]
+        return {tier: b"".join(part.names for part in every if part.tier == tier) for tier in TIERS}
 
 
 class Cursor:
@@ -80,13 +92,13 @@ class Cursor:
         self._keep(changed)
         return self.lose("gap", now_ms)
 
-    def on_heartbeat(self, heartbeat: Heartbeat, held: Contents | None, now_ms: float) -> Outcome:
-        """`held` is what the index has for the engine; None if it has no room for all."""
+    def on_heartbeat(self, heartbeat: Heartbeat, held: Mapping[Tier, Contents] | None, now_ms: float) -> Outcome:
+        """`held` is what the index has for the engine in every tier; None if it has no room for all."""
         if not self.exact:
             return self.tick(now_ms)
         if heartbeat.seq > self.seq:
             return self.lose("lost tail", now_ms)
-        if heartbeat.seq == self.seq and held not in (None, Contents(heartbeat.blocks, heartbeat.digest)):
+        if heartbeat.seq == self.seq and held is not None and held != _contents(heartbeat):
             return self.lose("drift", now_ms)
         return Outcome()
 
@@ -99,8 +111,8 @@ class Cursor:
             self._parts = _Parts(snapshot.seq, snapshot.parts)
         elif self._parts.seq > snapshot.seq:
             return Outcome()
-        self._parts.names[snapshot.part] = snapshot.names
-        if len(self._parts.names) < self._parts.parts:
+        self._parts.received[snapshot.part] = snapshot
+        if not self._parts.whole:
             return Outcome()
         return self._complete(self._parts, now_ms)
 
@@ -111,7 +123,7 @@ class Cursor:
         return self.lose("no snapshot yet", now_ms)
 
     def _complete(self, parts: _Parts, now_ms: float) -> Outcome:
-        names = b"".join(parts.names[part] for part in range(parts.parts))
+        names = parts.names
         self._verifying = False
         if self.exact and parts.seq == self.seq:
             self._parts = None
@@ -135,3 +147,10 @@ class Cursor:
             self._later[changed.seq] = changed
         while len(self._later) > CHANGES_KEPT:
             del self._later[min(self._later)]
+
+
+def _contents(heartbeat: Heartbeat) -> Mapping[Tier, Contents]:
+    """What the engine says it holds, in every tier."""
+    offloaded = {held.tier: Contents(held.blocks, held.digest) for held in heartbeat.offloaded}
+    nowhere = dict.fromkeys(TIERS, Contents(0, 0))
+    return {**nowhere, **offloaded, "gpu": Contents(heartbeat.blocks, heartbeat.digest)}

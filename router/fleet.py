@@ -15,13 +15,13 @@ from vllm_llmd.clock import Clock
 from vllm_llmd.errors import MalformedMessageError
 from vllm_llmd.kernels.hash_chain import Names, digest, salt_of
 from vllm_llmd.kernels.hash_chain_cpu import UNSALTED, chain_names
-from vllm_llmd.names import EngineId
+from vllm_llmd.names import TIERS, EngineId
 from vllm_llmd.router import costs, text_index
 from vllm_llmd.router.candidates import Candidates, Places, Roster
 from vllm_llmd.router.cursor import Cursor, Outcome
 from vllm_llmd.router.decide import Decision
 from vllm_llmd.router.membership import Membership, Placed, State
-from vllm_llmd.router.prefix_index import Difference, PrefixIndex, unpacked
+from vllm_llmd.router.prefix_index import Difference, PrefixIndex, unpacked, unpacked_tiers
 from vllm_llmd.router.request import Facts
 from vllm_llmd.router.settings import RouterSettings
 from vllm_llmd.router.text_index import Chunks, TextIndex
@@ -130,8 +130,9 @@ class Fleet:
         match message:
             case wire.Heartbeat():
                 self.membership.reported(message.engine, message.load, now_ms)
-                held = None if self.index.without_room(message.engine) else self.index.contents(message.engine)
-                return self._act(message.engine, self._cursors[message.engine].on_heartbeat(message, held, now_ms))
+                held = {tier: self.index.contents(message.engine, tier) for tier in TIERS}
+                known = None if self.index.without_room(message.engine) else held
+                return self._act(message.engine, self._cursors[message.engine].on_heartbeat(message, known, now_ms))
             case wire.BlocksChanged():
                 wire.check_packed(message.removed)
                 wire.check_packed(message.stored)
@@ -149,16 +150,17 @@ class Fleet:
 
     def _act(self, engine: EngineId, outcome: Outcome) -> list[Reply]:
         if outcome.replace is not None:
-            wrong = self.index.replace_engine(engine, unpacked(outcome.replace))
+            wrong = self.index.replace_engine(engine, unpacked_tiers(outcome.replace))
             if outcome.again:
                 self.repaired[engine] += wrong.missing + wrong.extra
         if outcome.compare is not None:
-            names = unpacked(outcome.compare)
-            self._verdicts[engine] = Verdict(self._cursors[engine].seq, len(names), self.index.compare(engine, names))
+            held = unpacked_tiers(outcome.compare)
+            blocks = sum(map(len, held.values()))
+            self._verdicts[engine] = Verdict(self._cursors[engine].seq, blocks, self.index.compare(engine, held))
         for changed in outcome.changes:
             if changed.cleared:
-                self.index.clear_engine(engine)
-            self.index.apply(engine, unpacked(changed.removed), unpacked(changed.stored))
+                self.index.clear_tier(engine, changed.tier)
+            self.index.apply(engine, unpacked(changed.removed), unpacked(changed.stored), changed.tier)
         known = self.membership.get(engine)
         if outcome.snapshot_wanted is not None and known is not None:
             return [Reply(self._senders[engine], wire.SnapshotWanted(known.info.epoch, outcome.snapshot_wanted))]

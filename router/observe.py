@@ -2,11 +2,13 @@
 
 from collections import Counter as Tally
 from collections.abc import Iterator
+from itertools import product
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
+from vllm_llmd.names import TIERS
 from vllm_llmd.router.fleet import Fleet
 from vllm_llmd.router.membership import State
 
@@ -29,9 +31,11 @@ class _FleetCollector(Collector):
             if state is not State.GONE:
                 by_state.add_metric([state.value], states[state])
         yield by_state
-        blocks = GaugeMetricFamily("vllm_llmd_index_blocks", "Blocks in the prefix index", labels=["engine"])
-        for engine in engines:
-            blocks.add_metric([engine.info.id], self._fleet.index.contents(engine.info.id).blocks)
+        blocks = GaugeMetricFamily("vllm_llmd_index_blocks", "Blocks in the prefix index", labels=["engine", "tier"])
+        for engine, tier in product(engines, TIERS):
+            held = self._fleet.index.contents(engine.info.id, tier).blocks
+            if held or tier == "gpu":
+                blocks.add_metric([engine.info.id, tier], held)
         yield blocks
         without = GaugeMetricFamily(
             "vllm_llmd_index_blocks_without_room", "Blocks that the prefix index has no room for", labels=["engine"]

@@ -1,27 +1,30 @@
-"""Which engine holds which KV block, and how long a prefix each has cached.
+"""Which engine holds which KV block in which tier, and how long a prefix each has cached.
 
-Engines are numbered as they come, 64 to a bank of the prefix table; a bank costs memory only for blocks that its own
-engines hold. Not to be called from two threads at once.
+Engines are numbered as they come, 64 to a bank of the prefix table, with a bank for every tier that one of them uses;
+a bank costs memory only for blocks that its own engines hold. Not to be called from two threads at once.
 """
 
 import heapq
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import numpy as np
 import numpy.typing as npt
 
 from vllm_llmd.kernels.hash_chain import Names
 from vllm_llmd.kernels.prefix_table import BANK_ENGINES, Contents
-from vllm_llmd.kernels.prefix_table_cpu import Bank
-from vllm_llmd.names import EngineId
+from vllm_llmd.kernels.prefix_table_cpu import Bank, depths_of
+from vllm_llmd.names import TIERS, EngineId, Tier
 
 log = logging.getLogger(__name__)
 
 Places = npt.NDArray[np.intp]
 
 _EVERYONE = (1 << BANK_ENGINES) - 1
+
+NO_NAMES: Names = np.empty(0, np.uint64)
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,9 @@ class Difference:
 
     missing: int
     extra: int
+
+    def __add__(self, other: "Difference") -> "Difference":
+        return Difference(self.missing + other.missing, self.extra + other.extra)
 
 
 @dataclass(frozen=True)
@@ -45,48 +51,83 @@ def unpacked(names: bytes) -> Names:
     return np.frombuffer(names, "<u8")
 
 
+def unpacked_tiers(held: Mapping[Tier, bytes]) -> Mapping[Tier, Names]:
+    """The same, tier by tier."""
+    return {tier: unpacked(names) for tier, names in held.items()}
+
+
+BankDepths = npt.NDArray[np.int32]
+"""How many blocks from the start each engine of a bank holds, shape (64,)."""
+
+Tiers = dict[Tier, Bank]
+"""What the same 64 engines hold, tier by tier. There is always one for the GPU."""
+
+
 @dataclass(frozen=True)
 class Depths:
-    """What a match has found, bank by bank. To be read before the index changes."""
+    """What a match has found, bank by bank: on the GPU, and in any tier. To be read before the index changes."""
 
     seats: Mapping[EngineId, _Seat]
-    banks: Sequence[npt.NDArray[np.int32]]
+    on_gpu: Sequence[BankDepths]
+    in_any_tier: Sequence[BankDepths]
 
     def of(self, engine: EngineId) -> int:
-        """How many blocks from the start the engine holds."""
+        """How many blocks from the start the engine has on its GPU."""
+        return self._at(engine, self.on_gpu)
+
+    def with_offloaded(self, engine: EngineId) -> int:
+        """How many blocks from the start the engine need not compute: each is in some tier."""
+        return self._at(engine, self.in_any_tier)
+
+    def _at(self, engine: EngineId, banks: Sequence[BankDepths]) -> int:
         seat = self.seats.get(engine)
-        return 0 if seat is None else int(self.banks[seat.bank][seat.number])
+        return 0 if seat is None else int(banks[seat.bank][seat.number])
 
     def at(self, places: Places) -> npt.NDArray[np.int64]:
-        """The same for many engines, by their places."""
-        return np.concatenate(self.banks)[places].astype(np.int64) if len(places) else np.empty(0, np.int64)
+        """`of` for many engines, by their places."""
+        return _by_place(self.on_gpu, places)
+
+    def with_offloaded_at(self, places: Places) -> npt.NDArray[np.int64]:
+        """`with_offloaded` for many engines, by their places."""
+        return _by_place(self.in_any_tier, places)
 
 
 class PrefixIndex:
-    """`max_blocks` is how many different blocks the engines of one bank may hold."""
+    """`max_blocks` is how many different blocks the engines of one bank may hold in a tier."""
 
     def __init__(self, max_blocks: int) -> None:
         self._max_blocks = max_blocks
-        self._banks: list[Bank] = []
+        self._banks: list[Tiers] = []
         self._seats: dict[EngineId, _Seat] = {}
         self._vacant: list[int] = []
         self._without_room: dict[EngineId, int] = {}
 
-    def apply(self, engine: EngineId, removed: Names, stored: Names) -> None:
+    @property
+    def bytes_in_use(self) -> int:
+        return sum(bank.bytes_in_use for tiers in self._banks for bank in tiers.values())
+
+    def apply(self, engine: EngineId, removed: Names, stored: Names, tier: Tier = "gpu") -> None:
         """Takes blocks away, then adds blocks. Names removed twice or stored twice count once."""
         seat = self._seat(engine)
-        bank = self._banks[seat.bank]
-        if len(removed):
-            bank.remove(removed, seat.number)
+        tiers = self._banks[seat.bank]
+        if len(removed) and tier in tiers:
+            tiers[tier].remove(removed, seat.number)
         if len(stored):
-            self._note_without_room(engine, bank.store(stored, seat.number))
+            if tier not in tiers:
+                tiers[tier] = Bank(self._max_blocks)
+            self._note_without_room(engine, tiers[tier].store(stored, seat.number))
 
     def clear_engine(self, engine: EngineId) -> None:
         """Forgets everything an engine holds."""
         self._without_room.pop(engine, None)
-        seat = self._seats.get(engine)
-        if seat is not None and self._banks[seat.bank].contents(seat.number).blocks:
-            self._banks[seat.bank].clear(seat.number)
+        for tier in TIERS:
+            self.clear_tier(engine, tier)
+
+    def clear_tier(self, engine: EngineId, tier: Tier) -> None:
+        """Forgets what an engine holds in one tier."""
+        found = self._find(engine, tier)
+        if found is not None and found[0].contents(found[1]).blocks:
+            found[0].clear(found[1])
 
     def forget_engine(self, engine: EngineId) -> None:
         """The engine is gone: its number goes to the next that comes."""
@@ -95,44 +136,57 @@ class PrefixIndex:
         if seat is not None:
             heapq.heappush(self._vacant, seat.bank * BANK_ENGINES + seat.number)
 
-    def replace_engine(self, engine: EngineId, names: Names) -> Difference:
-        """Makes `names` exactly what the engine holds. Returns how far the index was off."""
+    def replace_engine(self, engine: EngineId, held: Mapping[Tier, Names]) -> Difference:
+        """Makes `held` exactly what the engine holds, tier by tier. Returns how far the index was off."""
         self._without_room.pop(engine, None)
-        removed, stored = self._difference(engine, names)
-        self.apply(engine, removed, stored)
-        return Difference(len(stored), len(removed))
+        wrong = Difference(0, 0)
+        for tier in TIERS:
+            removed, stored = self._difference(engine, tier, held.get(tier, NO_NAMES))
+            self.apply(engine, removed, stored, tier)
+            wrong += Difference(len(stored), len(removed))
+        return wrong
 
-    def compare(self, engine: EngineId, names: Names) -> Difference:
-        """How far the index is off if `names` are exactly what the engine holds."""
-        extra, missing = self._difference(engine, names)
-        return Difference(len(missing), len(extra))
+    def compare(self, engine: EngineId, held: Mapping[Tier, Names]) -> Difference:
+        """How far the index is off if `held` is exactly what the engine holds, tier by tier."""
+        wrong = Difference(0, 0)
+        for tier in TIERS:
+            extra, missing = self._difference(engine, tier, held.get(tier, NO_NAMES))
+            wrong += Difference(len(missing), len(extra))
+        return wrong
 
-    def _difference(self, engine: EngineId, names: Names) -> tuple[Names, Names]:
-        held, wanted = self.held(engine), np.unique(names)
+    def _difference(self, engine: EngineId, tier: Tier, names: Names) -> tuple[Names, Names]:
+        held, wanted = self.held(engine, tier), np.unique(names)
         return np.setdiff1d(held, wanted, assume_unique=True), np.setdiff1d(wanted, held, assume_unique=True)
 
     def match(self, names: Names) -> Depths:
         """How many blocks from the start of `names` each engine holds without a hole."""
-        return Depths(self._seats, [bank.match(names, _EVERYONE) for bank in self._banks])
+        found = [_match(tiers, names) for tiers in self._banks]
+        return Depths(self._seats, [on_gpu for on_gpu, _ in found], [in_any for _, in_any in found])
 
     def places(self, engines: Iterable[EngineId]) -> Places:
         """Where `Depths.at` finds them, for as long as none of them is forgotten."""
         seats = map(self._seat, engines)
         return np.array([seat.bank * BANK_ENGINES + seat.number for seat in seats], np.intp)
 
-    def held(self, engine: EngineId) -> Names:
-        """What the engine holds, in any order."""
-        seat = self._seats.get(engine)
-        return np.empty(0, np.uint64) if seat is None else self._banks[seat.bank].held(seat.number)
+    def held(self, engine: EngineId, tier: Tier = "gpu") -> Names:
+        """What the engine holds in a tier, in any order."""
+        found = self._find(engine, tier)
+        return NO_NAMES if found is None else found[0].held(found[1])
 
-    def contents(self, engine: EngineId) -> Contents:
-        """How much it holds, and the exclusive or of the names."""
-        seat = self._seats.get(engine)
-        return Contents(0, 0) if seat is None else self._banks[seat.bank].contents(seat.number)
+    def contents(self, engine: EngineId, tier: Tier = "gpu") -> Contents:
+        """How much it holds in a tier, and the exclusive or of the names."""
+        found = self._find(engine, tier)
+        return Contents(0, 0) if found is None else found[0].contents(found[1])
 
     def without_room(self, engine: EngineId) -> int:
         """How many blocks the engine holds, or held, that the index has no room for."""
         return self._without_room.get(engine, 0)
+
+    def _find(self, engine: EngineId, tier: Tier) -> tuple[Bank, int] | None:
+        """The bank that has what the engine holds in a tier, and the engine's number there."""
+        seat = self._seats.get(engine)
+        bank = None if seat is None else self._banks[seat.bank].get(tier)
+        return None if seat is None or bank is None else (bank, seat.number)
 
     def _note_without_room(self, engine: EngineId, blocks: int) -> None:
         if blocks == 0:
@@ -150,6 +204,18 @@ class PrefixIndex:
     def _next_seat(self) -> _Seat:
         if not self._vacant:
             first = len(self._banks) * BANK_ENGINES
-            self._banks.append(Bank(self._max_blocks))
+            self._banks.append({"gpu": Bank(self._max_blocks)})
             self._vacant = list(range(first, first + BANK_ENGINES))
         return _Seat(*divmod(heapq.heappop(self._vacant), BANK_ENGINES))
+
+
+def _by_place(banks: Sequence[BankDepths], places: Places) -> npt.NDArray[np.int64]:
+    return np.concatenate(banks)[places].astype(np.int64) if len(places) else np.empty(0, np.int64)
+
+
+def _match(tiers: Tiers, names: Names) -> tuple[BankDepths, BankDepths]:
+    """Depths on the GPU, and in any tier."""
+    on_gpu = tiers["gpu"].match(names, _EVERYONE)
+    if len(tiers) == 1:
+        return on_gpu, on_gpu
+    return on_gpu, depths_of(reduce(np.bitwise_or, [bank.holders(names) for bank in tiers.values()]))

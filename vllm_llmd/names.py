@@ -1,6 +1,6 @@
 """The types of the ids and roles that cross module boundaries. Values only; no behaviour."""
 
-from typing import Literal, NewType
+from typing import Final, Literal, NewType, get_args
 
 EngineId = NewType("EngineId", str)
 """Names one engine for as long as its operator keeps it; survives restarts."""
@@ -22,3 +22,5 @@ Role = Literal["prefill", "decode", "both"]
 
 Tier = Literal["gpu", "cpu", "disk"]
 """Where an engine keeps a cached block: in the memory it computes from, or offloaded from there."""
+
+TIERS: Final[tuple[Tier, ...]] = get_args(Tier)

@@ -13,7 +13,7 @@ from typing import Any, Final
 import msgspec
 
 from vllm_llmd.errors import MalformedMessageError, UnknownVersionError
-from vllm_llmd.names import BlockName, EngineId, Epoch, OrderId, Role
+from vllm_llmd.names import BlockName, EngineId, Epoch, OrderId, Role, Tier
 
 MAJOR: Final = 1
 MINOR: Final = 0
@@ -88,6 +88,14 @@ class Load(Record, frozen=True):
     orders_served: int = 0
 
 
+class Held(Record, frozen=True):
+    """How many blocks an engine holds in a tier, and the exclusive or of their names."""
+
+    tier: Tier
+    blocks: int
+    digest: int
+
+
 # --- engine -> router -----------------------------------------------------------------------------------------
 
 
@@ -100,7 +108,8 @@ class Hello(Message, frozen=True):
 class Heartbeat(Message, frozen=True):
     """Sent every `Welcome.heartbeat_ms`. `seq` is that of the latest BlocksChanged.
 
-    As of then, `blocks` are held, and `digest` is the exclusive or of their names.
+    As of then, `blocks` are held on the GPU, and `digest` is the exclusive or of their names; `offloaded` says the same
+    of every other tier in which any are.
     """
 
     engine: EngineId
@@ -109,10 +118,14 @@ class Heartbeat(Message, frozen=True):
     blocks: int
     digest: int
     load: Load
+    offloaded: list[Held] = []
 
 
 class BlocksChanged(Message, frozen=True):
-    """Net change of the engine's prefix cache since `seq - 1`: clear if `cleared`, then remove, then store."""
+    """Net change of one tier of the engine's prefix cache since `seq - 1`: clear if `cleared`, then remove, then store.
+
+    Nothing else has changed since.
+    """
 
     engine: EngineId
     epoch: Epoch
@@ -120,10 +133,11 @@ class BlocksChanged(Message, frozen=True):
     cleared: bool
     removed: bytes
     stored: bytes
+    tier: Tier = "gpu"
 
 
 class Snapshot(Message, frozen=True):
-    """Part `part` of `parts` of everything the engine holds as of `seq`."""
+    """Part `part` of `parts` of everything the engine holds as of `seq`: names of one tier."""
 
     engine: EngineId
     epoch: Epoch
@@ -131,6 +145,7 @@ class Snapshot(Message, frozen=True):
     part: int
     parts: int
     names: bytes
+    tier: Tier = "gpu"
 
 
 class RequestSeen(Message, frozen=True):

@@ -5,11 +5,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from vllm_llmd.kernels import prefix_table_cpu
+from vllm_llmd.kernels import prefix_table, prefix_table_cpu
 from vllm_llmd.kernels.hash_chain import Names
 from vllm_llmd.kernels.prefix_table import BANK_ENGINES, BankLike, Contents, PlainBank
 from vllm_llmd.kernels.prefix_table_cpu import Bank
@@ -50,6 +50,20 @@ def test_only_engines_asked_for_are_matched(make: MakeBank) -> None:
     for engine in range(BANK_ENGINES):
         bank.store(names(7), engine)
     assert depths(bank, names(7, 8), 0b1010) == {1: 1, 3: 1}
+
+
+def test_holders_are_told_name_by_name(make: MakeBank) -> None:
+    bank = make(1000)
+    bank.store(names(1, 2), 0)
+    bank.store(names(2, 3), 63)
+    assert bank.holders(names(1, 2, 3, 4, 0)).tolist() == [1, 1 | 1 << 63, 1 << 63, 0, 0]
+    assert bank.holders(names()).tolist() == []
+
+
+@given(st.lists(st.integers(0, 2**64 - 1) | st.just(2**64 - 1), max_size=5))
+def test_depths_of_holders_are_as_far_as_each_goes_without_a_hole(bits: list[int]) -> None:
+    holders = np.array(bits, np.uint64)
+    assert prefix_table_cpu.depths_of(holders).tolist() == prefix_table.depths_of(holders).tolist()
 
 
 def test_what_is_stored_twice_is_held_once(make: MakeBank) -> None:
@@ -161,6 +175,8 @@ class Twins(RuleBasedStateMachine):
     @rule(some=crowded)
     def match(self, some: list[int]) -> None:
         plain, compiled = self.both(lambda bank: bank.match(names(*some), EVERYONE).tolist())
+        assert plain == compiled
+        plain, compiled = self.both(lambda bank: bank.holders(names(*some)).tolist())
         assert plain == compiled
 
     @invariant()

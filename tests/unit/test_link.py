@@ -12,6 +12,7 @@ import zmq
 from vllm_llmd import wire
 from vllm_llmd.errors import ConfigError
 from vllm_llmd.kv_connector import link as link_module
+from vllm_llmd.kv_connector import mirror
 from vllm_llmd.kv_connector.link import Dialogue, EngineLink, LinkSettings, Say, merge_members
 from vllm_llmd.names import BlockName, EngineId, Epoch
 
@@ -145,7 +146,7 @@ def test_changes_come_in_order_with_a_number_each(router: BareRouter, start: Sta
 def test_a_snapshot_comes_in_parts_and_agrees_with_its_number(
     router: BareRouter, start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(link_module, "NAMES_PER_PART", 3)
+    monkeypatch.setattr(mirror, "NAMES_PER_PART", 3)
     link = start(router.endpoint)
     link.publish(False, [], names(*range(10)))
     link.publish(False, names(0), [])

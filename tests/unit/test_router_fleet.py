@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from vllm_llmd import wire
 from vllm_llmd.errors import MalformedMessageError
 from vllm_llmd.kernels.hash_chain import ROOT, block_name, chain_names, salt_of
-from vllm_llmd.kv_connector import link
-from vllm_llmd.kv_connector.link import Change, Dialogue, Mirror, Say
-from vllm_llmd.names import BlockName, EngineId, Epoch
+from vllm_llmd.kv_connector import mirror
+from vllm_llmd.kv_connector.link import Dialogue, Say
+from vllm_llmd.kv_connector.mirror import Change, Mirror
+from vllm_llmd.names import TIERS, BlockName, EngineId, Epoch
 from vllm_llmd.router.candidates import Candidates
 from vllm_llmd.router.fleet import Fleet, Reply, Verdict
 from vllm_llmd.router.membership import State
@@ -89,9 +90,7 @@ class Wire:
         if Say.SNAPSHOT in owed:
             self.up.extend(self.mirror.snapshot())
         if Say.HEARTBEAT in owed:
-            held = len(self.mirror.held), self.mirror.digest
-            beat = wire.Heartbeat(A, self.info.epoch, self.mirror.seq, *held, wire.Load())
-            self.up.append(beat)
+            self.up.append(self.mirror.heartbeat(wire.Load()))
 
     def flow(self) -> None:
         """Delivers everything, in order, until nobody has anything to say."""
@@ -122,28 +121,31 @@ STEPS = [
 @settings(max_examples=500, deadline=None)
 @given(st.integers(0, 2**64).map(random.Random), st.sampled_from([0, 1, 2, 4]))
 def test_whatever_the_network_did_the_index_ends_up_exact(rng: random.Random, names_per_change: int) -> None:
-    net, parts = Wire(), link.NAMES_PER_PART
-    link.NAMES_PER_PART = 3  # so that snapshots have several parts
+    net, parts = Wire(), mirror.NAMES_PER_PART
+    mirror.NAMES_PER_PART = 3  # so that snapshots have several parts
     try:
         for _ in range(100):
             play(net, rng.choice(STEPS), rng, names_per_change)
         net.settle()
     finally:
-        link.NAMES_PER_PART = parts
+        mirror.NAMES_PER_PART = parts
     engine = net.fleet.membership.get(A)
     assert engine is not None and engine.state is State.READY
     assert engine.info.epoch == net.info.epoch
-    assert set(net.fleet.index.held(A).tolist()) == net.mirror.held
+    for tier, mirrored in net.mirror.tiers.items():
+        assert set(net.fleet.index.held(A, tier).tolist()) == mirrored.held
 
 
 def play(net: Wire, step: str, rng: random.Random, names_per_change: int) -> None:
     up, down = rng.randrange(len(net.up) or 1), rng.randrange(len(net.down) or 1)
     match step:
         case "change":  # as many stored as removed: the count of blocks alone must not be what heals
-            held, free = sorted(net.mirror.held), sorted(NAMES - net.mirror.held)
+            tier = rng.choice(TIERS)
+            mirrored = net.mirror.tiers[tier].held
+            held, free = sorted(mirrored), sorted(NAMES - mirrored)
             removed = rng.sample(held, min(names_per_change, len(held)))
             stored = rng.sample(free, min(max(len(removed), 8 - len(held)), len(free)))
-            net.change(Change(rng.random() < 0.05, removed, stored))
+            net.change(Change(rng.random() < 0.05, removed, stored, tier))
         case "up" if net.up:
             net.deliver_up(0)
         case "down" if net.down:
@@ -205,7 +207,7 @@ def test_a_heartbeat_with_another_count_or_other_names_shows_drift(net: Wire) ->
 def test_what_was_wrong_in_the_index_is_found_healed_and_counted(net: Wire) -> None:
     net.fleet.index.apply(A, np.array([1], np.uint64), np.array([9], np.uint64))
     net.settle()
-    assert set(net.fleet.index.held(A).tolist()) == net.mirror.held == {1, 2}
+    assert set(net.fleet.index.held(A).tolist()) == net.mirror.tiers["gpu"].held == {1, 2}
     assert net.fleet.repaired == {A: 2}
     net.start_engine()
     net.settle()
