@@ -88,7 +88,7 @@ def measure(settings: Settings) -> Found:
     rng = np.random.default_rng(0)
     ours, theirs = Ours(4 * settings.resident), Theirs()
     fill(ours, theirs, rng, settings.resident)
-    bytes_per_block = sum(bank.bytes_in_use for bank in ours.index._banks) / settings.resident
+    bytes_per_block = ours.index.bytes_in_use / settings.resident
     long = Arms("events of 512 blocks", "blocks/s", more_is_better=True)
     short = Arms("events of 1 block", "events/s", more_is_better=True)
     for _ in range(settings.rounds):
