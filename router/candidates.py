@@ -65,10 +65,14 @@ def _shape(engine: Engine, model: str | None) -> Shape:
 
 @dataclass(frozen=True, eq=False)
 class Candidates:
-    """The engines of a roster and what concerns one request: how much of the prompt each has cached, and its queue."""
+    """The engines of a roster and what concerns one request: how much of the prompt each has cached, and its queue.
+
+    `offloaded_blocks` of the `prefix_blocks` are not on the GPU: they come after the last that is.
+    """
 
     roster: Roster
     prefix_blocks: Counts
+    offloaded_blocks: Counts
     queue_ms: Milliseconds
 
     def __len__(self) -> int:

@@ -186,13 +186,14 @@ class Fleet:
     def candidates(self, facts: Facts, chunks: Chunks, tried: Sequence[EngineId] = ()) -> Candidates:
         """Every ready engine that serves the model and was not tried yet, with what it has cached of the prompt."""
         roster, places = self._roster(facts.model, tried)
-        prefix_blocks = np.zeros(len(places), np.int64)
+        prefix_blocks, on_gpu = np.zeros((2, len(places)), np.int64)
         for (block_size, base), among in roster.shapes:
             chain = self._chain(facts, chunks, block_size, base)
-            prefix_blocks[among] = self.index.match(chain).at(places[among])
+            depths = self.index.match(chain)
+            prefix_blocks[among], on_gpu[among] = depths.with_offloaded_at(places[among]), depths.at(places[among])
         requests = np.array([engine.requests_ahead for engine in roster.engines], np.int64)
         tokens = np.array([engine.tokens_ahead for engine in roster.engines], np.int64)
-        return Candidates(roster, prefix_blocks, costs.queue_ms(requests, tokens))
+        return Candidates(roster, prefix_blocks, prefix_blocks - on_gpu, costs.queue_ms(requests, tokens))
 
     def place(self, request: str, decision: Decision, chunks: Chunks) -> None:
         """Counts a decision until the engines report it, and waits for the prompt's blocks to learn from."""

@@ -1,4 +1,4 @@
-"""Chooses among candidates: the longest cached prefix, then the least load, then chance. Pure.
+"""Chooses among candidates: the longest cached prefix, most of it on the GPU, the least load, and chance. Pure.
 
 Candidates are spoken of by their places in the columns.
 """
@@ -21,13 +21,14 @@ def sources(candidates: Candidates, destination: int) -> Places:
 
 
 def best(eligible: Places, candidates: Candidates, rng: random.Random) -> int | None:
-    """Who of the eligible has the longest prefix in tokens; of equals the least loaded; of equals any."""
+    """Who of the eligible has the longest prefix in tokens, most of it on the GPU, the least load; of equals any."""
     if not len(eligible):
         return None
     cached = prefix_tokens(candidates)[eligible]
-    longest = eligible[cached == cached.max()]
-    queue_ms = candidates.queue_ms[longest]
-    equals = longest[queue_ms == queue_ms.min()]
+    equals = eligible[cached == cached.max()]
+    for cost in (candidates.offloaded_blocks, candidates.queue_ms):
+        here = cost[equals]
+        equals = equals[here == here.min()]
     return int(equals[rng.randrange(len(equals))])
 
 

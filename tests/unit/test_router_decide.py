@@ -1,5 +1,5 @@
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -22,6 +22,7 @@ class Candidate:
     info: EngineInfo
     prefix: int
     queue: float
+    offloaded: int = 0
 
     @property
     def engine(self) -> EngineId:
@@ -45,7 +46,8 @@ def engine(
 
 def columns(*rows: Candidate) -> Candidates:
     roster = Roster.of([Engine(row.info, State.READY, 0) for row in rows], "m")
-    return Candidates(roster, np.array([row.prefix for row in rows], int), np.array([row.queue for row in rows], float))
+    prefix, offloaded = np.array([(row.prefix, row.offloaded) for row in rows], int).reshape(-1, 2).T
+    return Candidates(roster, prefix, offloaded, np.array([row.queue for row in rows], float))
 
 
 def facts(tokens: int) -> Facts:
@@ -66,6 +68,13 @@ def test_the_longest_prefix_wins_over_load() -> None:
     decision = choose(100, engine("busy", prefix=3, queue=1000), engine("idle", prefix=2))
     assert (decision.destination, decision.predicted_blocks) == ("busy", 3)
     assert decision.uncached_tokens == 100 - 48
+
+
+def test_of_equal_prefixes_the_one_with_most_on_the_gpu_wins_over_load() -> None:
+    rows = [engine("idle", prefix=3), engine("busy", prefix=3, queue=1000), engine("short", prefix=2)]
+    rows[0] = replace(rows[0], offloaded=2)
+    assert choose(100, *rows).destination == "busy"
+    assert choose(100, rows[0], rows[2]).destination == "idle"
 
 
 def test_of_equal_prefixes_the_least_loaded_wins() -> None:

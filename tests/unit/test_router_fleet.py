@@ -358,3 +358,17 @@ def test_candidates_follow_the_fleet_as_it_changes() -> None:
 
 def ids(candidates: Candidates) -> list[str]:
     return [engine.info.id for engine in candidates.roster.engines]
+
+
+def test_a_candidates_prefix_counts_offloaded_blocks_and_says_how_many(net: Wire) -> None:
+    chain = [BlockName(name) for name in chain_names([1, 2, 3, 4, 5, 6], 2)]
+    net.change(Change(False, [], [chain[0], chain[2]]))
+    net.change(Change(False, [], [chain[1]], "cpu"))
+    net.flow()
+    facts = read_facts("completion", {"prompt": [1, 2, 3, 4, 5, 6, 7]})
+    candidates = net.fleet.candidates(facts, net.fleet.cut(facts))
+    assert (candidates.prefix_blocks.tolist(), candidates.offloaded_blocks.tolist()) == ([3], [2])
+    net.change(Change(True, [], [], "cpu"))
+    net.flow()
+    candidates = net.fleet.candidates(facts, net.fleet.cut(facts))
+    assert (candidates.prefix_blocks.tolist(), candidates.offloaded_blocks.tolist()) == ([1], [0])
