@@ -48,7 +48,7 @@ def _chain(data: npt.NDArray[np.uint8], piece_bytes: int, parent: np.uint64, dig
     for piece in range(pieces):
         start = piece * piece_bytes
         seed = parent ^ digests[piece] if len(digests) else parent
-        parent = _hash_at(address + start, min(piece_bytes, len(data) - start), seed)
+        parent = hash_at(address + start, min(piece_bytes, len(data) - start), seed)
         if parent == np.uint64(0):
             parent = np.uint64(1)
         names[piece] = parent
@@ -57,11 +57,11 @@ def _chain(data: npt.NDArray[np.uint8], piece_bytes: int, parent: np.uint64, dig
 
 @compiled
 def _hash_bytes(data: npt.NDArray[np.uint8], seed: np.uint64) -> np.uint64:
-    return _hash_at(data.ctypes.data, len(data), seed)
+    return hash_at(data.ctypes.data, len(data), seed)
 
 
 @compiled
-def _hash_at(address: int, size: int, seed: np.uint64) -> np.uint64:
+def hash_at(address: int, size: int, seed: np.uint64) -> np.uint64:
     """The 64-bit xxHash of `size` bytes at `address`."""
     at = 0
     if size < 32:

@@ -55,6 +55,17 @@ def load(context: Any, address: Any, offset: Any, kind: Any) -> Any:
 
 
 @inside_kernels
+def load_big_endian(context: Any, address: Any, offset: Any, kind: Any) -> Any:
+    """The integer of `kind` at `address + offset`, whose first byte is the highest."""
+    item = kind.dtype
+
+    def emit(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        return builder.bswap(builder.load(_pointer(builder, args[0], args[1]), typ=_integer(item), align=1))
+
+    return item(types.int64, types.int64, kind), emit
+
+
+@inside_kernels
 def store(context: Any, address: Any, offset: Any, item: Any) -> Any:
     """Writes an integer `item`, in as many bytes as its type has, to `address + offset`."""
 
@@ -83,6 +94,21 @@ def float_of(context: Any, bits: Any) -> Any:
         return builder.bitcast(args[0], ir.FloatType())
 
     return types.float32(types.uint32), emit
+
+
+@inside_kernels
+def prefetch(context: Any, address: Any, offset: Any) -> Any:
+    """Asks the memory for what is at `address + offset`, which will be read soon. Waits for nothing."""
+
+    def emit(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        pointer, word = _pointer(builder, *args), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [pointer.type, word, word, word])
+        ask = builder.module.declare_intrinsic("llvm.prefetch", [pointer.type], kind)
+        to_read, closest, data = (ir.Constant(word, value) for value in (0, 3, 1))
+        builder.call(ask, [pointer, to_read, closest, data])
+        return context.get_dummy_value()
+
+    return types.none(types.int64, types.int64), emit
 
 
 @inside_kernels

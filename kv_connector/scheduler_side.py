@@ -8,7 +8,7 @@ from typing import Any
 
 from vllm_llmd.clock import MonotonicClock
 from vllm_llmd.kernels import hash_chain_cpu
-from vllm_llmd.kv_connector.block_names import BlockNamer
+from vllm_llmd.kernels.block_names import BlockNamer
 from vllm_llmd.kv_connector.hints import read_hint
 from vllm_llmd.kv_connector.lifecycle import Outcome
 from vllm_llmd.kv_connector.link import EngineLink, LinkSettings

@@ -3,8 +3,8 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vllm_llmd.kernels.block_names import BlockEvent, BlockNamer, Cleared, Removed, Stored
 from vllm_llmd.kernels.hash_chain import chain_names
-from vllm_llmd.kv_connector.block_names import BlockEvent, BlockNamer, Cleared, Removed, Stored
 
 SIZE = 4
 

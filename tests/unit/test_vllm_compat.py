@@ -18,8 +18,8 @@ with warnings.catch_warnings():
     from vllm_llmd.kv_connector.vllm_compat import BlockPoolView, to_block_events
     from vllm_llmd.kv_connector.worker_side import Results
 
+from vllm_llmd.kernels.block_names import Cleared, Removed, Stored
 from vllm_llmd.kv_connector.addresses import own_host, own_http
-from vllm_llmd.kv_connector.block_names import Cleared, Removed, Stored
 from vllm_llmd.names import RequestId
 from vllm_llmd.settings import EngineSettings
 

@@ -1,6 +1,7 @@
-"""From vLLM's block events to our block names, and to the net change of the prefix cache. Pure.
+"""From an engine's block events to our block names, and to the net change of its prefix cache. Pure.
 
-vLLM's own hash is only a key here: it is not reproducible across processes in every case.
+vLLM's own hash is only a key here: it is not reproducible across processes in every case. `block_names_cpu` is the
+same, compiled.
 """
 
 from collections.abc import Hashable, Iterable, Sequence
@@ -63,6 +64,10 @@ class BlockNamer:
         self.unnamed = 0
         """Blocks whose parent is unknown, so that they could not be named."""
 
+    def __len__(self) -> int:
+        """How many different blocks are cached and have a name."""
+        return len(self._names)
+
     def name_of(self, block_hash: Hashable) -> BlockName | None:
         """The name of a cached block, by vLLM's hash."""
         return self._names.get(block_hash)
@@ -90,7 +95,7 @@ class BlockNamer:
         if parent is None:
             return
         tokens = np.frombuffer(token_bytes(event.token_ids[first * size :]), np.uint32)
-        names = chain_names(tokens, size, parent, _digests(event.salts, first)).tolist()
+        names = chain_names(tokens, size, parent, digests_of(event.salts, first)).tolist()
         for block_hash, name in zip(event.hashes[first:], names, strict=True):
             if block_hash not in self._names:
                 self._names[block_hash] = name
@@ -130,7 +135,7 @@ class BlockNamer:
                     change.removed.add(name)
 
 
-def _digests(salts: Sequence[Sequence[object] | None] | None, first: int) -> Names:
+def digests_of(salts: Sequence[Sequence[object] | None] | None, first: int) -> Names:
     """What the salts of the blocks from `first` on contribute to their names."""
     if not salts or not any(salts[first:]):
         return UNSALTED
