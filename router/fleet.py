@@ -142,7 +142,8 @@ class Fleet:
             case wire.RequestSeen():
                 engine = self.membership.get(message.engine)
                 if engine is not None:
-                    self.texts.learn(message.request, engine.info.block_size, wire.unpack_names(message.names))
+                    wire.check_packed(message.names)
+                    self.texts.learn(message.request, engine.info.block_size, unpacked(message.names))
             case wire.Goodbye():
                 self.membership.left(message.engine)
                 self._forget(message.engine)
@@ -181,7 +182,7 @@ class Fleet:
 
     def cut(self, facts: Facts) -> Chunks:
         """The request's text as the text index knows it."""
-        return text_index.cut(facts.seed, facts.text, self._settings.text_chunk_bytes)
+        return text_index.cut(facts, self._settings.text_chunk_bytes)
 
     def candidates(self, facts: Facts, chunks: Chunks, tried: Sequence[EngineId] = ()) -> Candidates:
         """Every ready engine that serves the model and was not tried yet, with what it has cached of the prompt."""
@@ -197,8 +198,7 @@ class Fleet:
 
     def place(self, request: str, decision: Decision, chunks: Chunks) -> None:
         """Counts a decision until the engines report it, and waits for the prompt's blocks to learn from."""
-        if chunks.hashes:
-            self.texts.forwarded(request, chunks)
+        self.texts.forwarded(request, chunks)
         now_ms = self._clock.now_ms()
         for engine_id in {decision.destination, decision.source or decision.destination}:
             engine = self.membership.get(engine_id)
@@ -246,7 +246,7 @@ class Fleet:
     def _chain(self, facts: Facts, chunks: Chunks, block_size: int, base: bool) -> Names:
         if base and facts.tokens is not None:
             return _names_of(facts.tokens, block_size, facts.salt)
-        return np.array(self.texts.predict(block_size, chunks), np.uint64)
+        return self.texts.predict(block_size, chunks)
 
 
 def _names_of(tokens: "array[int]", block_size: int, salt: str | None) -> Names:

@@ -6,9 +6,11 @@ Pure. Checks no more than the router itself needs; everything else is for the en
 import hashlib
 import json
 from array import array
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal
+
+import msgspec
 
 from vllm_llmd.errors import LlmdError
 
@@ -16,6 +18,8 @@ Kind = Literal["chat", "completion"]
 
 BYTES_PER_TOKEN: Final = 4
 """Prior for the length of a prompt given as text."""
+
+_BODY = msgspec.json.Decoder()
 
 _SEED_FIELDS: Final = (
     "cache_salt",
@@ -39,7 +43,7 @@ class RequestError(LlmdError):
 
 @dataclass(frozen=True)
 class Facts:
-    """`tokens` is the prompt where the client gave token ids, 4 bytes each. `text` is empty for a batch of prompts.
+    """`tokens` is the prompt where the client gave token ids, 4 bytes each. Of several prompts, all is of the longest.
 
     `seed` and `text` together decide the prompt's tokens. `salt` keeps its blocks apart from others of the same tokens.
     """
@@ -50,17 +54,39 @@ class Facts:
     text: bytes
     prompt_tokens: int
     salt: str | None
+    prompts: int = 1
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    tokens: "array[int] | None"
+    text: bytes
+    size: int
+    """In tokens, estimated for a text."""
+
+
+_NOTHING = _Prompt(None, b"", 0)
 
 
 def parse_body(raw: bytes) -> dict[str, Any]:
-    """The request body. Raises RequestError unless it is one JSON object in UTF-8."""
+    """The request body, as an engine's `json.loads` reads it. Raises RequestError unless it is one JSON object in UTF-8.
+
+    msgspec is faster and stricter: what it refuses (NaN, lone surrogates, huge numbers) is read again.
+    """
     try:
-        body = json.loads(raw.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise RequestError(f"the request body is not valid JSON: {error}") from None
+        body = _BODY.decode(raw)
+    except (ValueError, RecursionError):
+        body = _parse_again(raw)
     if not isinstance(body, dict):
         raise RequestError(f"the request body must be a JSON object; got {type(body).__name__}")
     return body
+
+
+def _parse_again(raw: bytes) -> Any:
+    try:
+        return json.loads(raw.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"the request body is not valid JSON: {error}") from None
 
 
 def read_facts(kind: Kind, body: Mapping[str, Any]) -> Facts:
@@ -68,63 +94,83 @@ def read_facts(kind: Kind, body: Mapping[str, Any]) -> Facts:
     model = body.get("model")
     if model is not None and not isinstance(model, str):
         raise RequestError("model must be a string", "model")
-    tokens, text, prompt_tokens = _chat_prompt(body) if kind == "chat" else _completion_prompt(body)
-    seed = _json([kind, model, {name: body[name] for name in _SEED_FIELDS if body.get(name) is not None}])
+    try:
+        prompts = [_chat_prompt(body)] if kind == "chat" else _completion_prompts(body)
+        seed = _json([kind, model, {name: body[name] for name in _SEED_FIELDS if body.get(name) is not None}])
+    except RecursionError:
+        raise RequestError("the request body is nested too deeply") from None
+    prompt = max(prompts, key=lambda each: each.size, default=_NOTHING)
     salt = body.get("cache_salt")
-    return Facts(model, tokens, seed, text, prompt_tokens, salt if isinstance(salt, str) and salt else None)
+    salt = salt if isinstance(salt, str) and salt else None
+    return Facts(model, prompt.tokens, seed, prompt.text, prompt.size, salt, len(prompts))
 
 
-def _chat_prompt(body: Mapping[str, Any]) -> tuple[None, bytes, int]:
+def _chat_prompt(body: Mapping[str, Any]) -> _Prompt:
     messages = body.get("messages")
     if not isinstance(messages, list):
         raise RequestError("messages must be a list", "messages")
     tools = body.get("tools")
-    lines = [*(tools if isinstance(tools, list) else []), *map(_without_bulk, messages)]
-    text = b"".join(_json(line) + b"\n" for line in lines)
-    return None, text, len(text) // BYTES_PER_TOKEN
+    lines = [_json(tool) for tool in tools] if isinstance(tools, list) else []
+    lines += [b"\x00".join(_parts_of(message)) for message in messages]
+    text = b"\n".join((*lines, b""))
+    return _Prompt(None, text, len(text) // BYTES_PER_TOKEN)
 
 
-def _completion_prompt(body: Mapping[str, Any]) -> "tuple[array[int] | None, bytes, int]":
-    prompt = body.get("prompt")
-    if isinstance(prompt, list) and len(prompt) == 1 and not isinstance(prompt[0], int):
-        prompt = prompt[0]
-    if isinstance(prompt, str):
-        text = prompt.encode("utf-8", "surrogatepass")
-        return None, text, len(text) // BYTES_PER_TOKEN
-    if not isinstance(prompt, list):  # absent, or prompt embeddings: for the engine to judge
-        return None, b"", 0
-    tokens = _token_ids(prompt)
-    if tokens is not None:
-        return tokens, tokens.tobytes(), len(tokens)
-    longest = max(
-        (len(part) // (BYTES_PER_TOKEN if isinstance(part, str) else 1) for part in _sized(prompt)), default=0
-    )
-    return None, b"", longest
+def _parts_of(message: Any) -> Iterator[bytes]:
+    """A message in an order of its own, whatever the order and the spelling in the body. Text stays what it is."""
+    if not isinstance(message, dict):
+        yield _json(message)
+        return
+    other = {name: message[name] for name in sorted(message) if name != "content"}
+    role = other.get("role")
+    yield _text(role) if len(other) == 1 and isinstance(role, str) else _json(other)
+    content = message.get("content")
+    for part in content if isinstance(content, list) else (content,):
+        yield _content(part)
 
 
-def _token_ids(prompt: list[Any]) -> "array[int] | None":
-    try:
-        return array("I", prompt)
-    except (TypeError, OverflowError):
-        return None
-
-
-def _sized(prompts: list[Any]) -> list[str | list[Any]]:
-    return [part for part in prompts if isinstance(part, str | list)]
-
-
-def _without_bulk(message: Any) -> Any:
+def _content(part: Any) -> bytes:
     """Images and sound count by what they are, not by how many bytes they take."""
-    if not isinstance(message, dict) or not isinstance(message.get("content"), list):
-        return message
-    parts = [
-        part
-        if not isinstance(part, dict) or part.get("type") in ("text", "input_text", None)
-        else {"type": part.get("type"), "digest": hashlib.blake2b(_json(part), digest_size=16).hexdigest()}
-        for part in message["content"]
-    ]
-    return {**message, "content": parts}
+    if isinstance(part, str):
+        return _text(part)
+    if not isinstance(part, dict):
+        return _json(part)
+    text = part.get("text")
+    if part.get("type") in ("text", "input_text", None):
+        return _text(text) if isinstance(text, str) else _json(part)
+    return _json([part.get("type"), hashlib.blake2b(_json(part), digest_size=16).hexdigest()])
+
+
+def _completion_prompts(body: Mapping[str, Any]) -> list[_Prompt]:
+    prompt = body.get("prompt")
+    if isinstance(prompt, str):
+        return [_text_prompt(prompt)]
+    if not isinstance(prompt, list):  # absent, or prompt embeddings: for the engine to judge
+        return []
+    if prompt and isinstance(prompt[0], int):
+        return [_token_prompt(prompt)]
+    return [_text_prompt(each) if isinstance(each, str) else _token_prompt(each) for each in prompt]
+
+
+def _text_prompt(prompt: str) -> _Prompt:
+    text = _text(prompt)
+    return _Prompt(None, text, len(text) // BYTES_PER_TOKEN)
+
+
+def _token_prompt(prompt: Any) -> _Prompt:
+    try:
+        tokens = array("I", prompt)
+    except (TypeError, ValueError, OverflowError):
+        return _NOTHING
+    return _Prompt(tokens, tokens.tobytes(), len(tokens))
+
+
+def _text(text: str) -> bytes:
+    return text.encode("utf-8", "surrogatepass")
 
 
 def _json(value: Any) -> bytes:
-    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
+    try:
+        return msgspec.json.encode(value)
+    except ValueError:  # a lone surrogate
+        return json.dumps(value).encode()

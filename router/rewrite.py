@@ -9,8 +9,13 @@ from typing import Any, Final
 
 HINT_KEY: Final = "kv_transfer_params"
 
+_XARGS: Final = "vllm_xargs"
+"""Where vLLM takes the key from, too."""
+
 _SPELT_OUT = re.compile(rb"kv_transfer_params|\\u00[5-7]", re.IGNORECASE)
 """The key, or an escape that could hide a letter of it: printable ASCII needs none, so honest bodies have neither."""
+
+_SPACE: Final = b" \t\r\n"
 
 _HOP_BY_HOP: Final = frozenset(
     (
@@ -34,11 +39,13 @@ Headers = list[tuple[str, str]]
 
 def with_hint(raw: bytes, body: Mapping[str, Any], hint: Mapping[str, Any]) -> bytes:
     """The body to send on. `body` is `raw` parsed; the bytes stay as they are unless the client named the key."""
-    if _SPELT_OUT.search(raw):
+    if HINT_KEY in body or (_XARGS in body and _SPELT_OUT.search(raw)):
         return json.dumps({**_stripped(body), HINT_KEY: hint}).encode()
-    addition = f'"{HINT_KEY}":{json.dumps(hint)}}}'.encode()
-    opened = raw.rstrip()[:-1].rstrip()
-    return opened + (b"," if body else b"") + addition
+    end = raw.rindex(b"}")
+    while raw[end - 1] in _SPACE:
+        end -= 1
+    comma = b"," if body else b""
+    return b"".join((memoryview(raw)[:end], comma, f'"{HINT_KEY}":{json.dumps(hint)}}}'.encode()))
 
 
 def request_headers(headers: Iterable[tuple[str, str]], request: str) -> Headers:
@@ -55,8 +62,8 @@ def response_headers(headers: Iterable[tuple[str, str]]) -> Headers:
 
 def _stripped(body: Mapping[str, Any]) -> dict[str, Any]:
     kept = {name: value for name, value in body.items() if name != HINT_KEY}
-    if isinstance(kept.get("vllm_xargs"), dict):
-        kept["vllm_xargs"] = {name: value for name, value in kept["vllm_xargs"].items() if name != HINT_KEY}
+    if isinstance(kept.get(_XARGS), dict):
+        kept[_XARGS] = {name: value for name, value in kept[_XARGS].items() if name != HINT_KEY}
     return kept
 
 

@@ -120,7 +120,7 @@ def test_an_image_counts_by_its_content_but_not_by_its_bytes() -> None:
         ([[1, 2, 3]], [1, 2, 3], 3),
         (["x" * 40], None, 10),
         (["x" * 40, "y" * 80], None, 20),
-        ([[1], [1, 2]], None, 2),
+        ([[1], [1, 2]], [1, 2], 2),
         ([1, -5], None, 0),
         (None, None, 0),
     ],
