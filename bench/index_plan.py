@@ -14,6 +14,7 @@ PARTS: dict[str, tuple[str, ...]] = {
         "hash512_vs_dynamo",
         "bytes_per_block",
     ),
+    "route": ("route_100k_tokens_p50_ms",),
 }
 """A part is a module `index_<part>` with `measure(settings: Settings) -> Found`; these are its figures."""
 

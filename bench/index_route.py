@@ -1,18 +1,18 @@
 """From the bytes of a request body to a ranked list of engines: 100,000 tokens of text, 64 engines, a million blocks.
 
 Learned mode, on one core, in this process: no tokenizer, no network. The prompt's whole chain is cached on every
-engine, which is the longest way through every stage. `python -m index_route` prints a table and one JSON object.
+engine, which is the longest way through every stage.
 """
 
 import json
 import random
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+from index_values import Found, Settings
 
 from vllm_llmd import wire
 from vllm_llmd.kernels import hash_chain_cpu, prefix_table_cpu, text_table_cpu
@@ -33,7 +33,7 @@ TEXT_BYTES = 450_000
 TURNS = 11
 HINT = {"llmd": {"request": "r-1", "source": "engine-1"}}
 POLICY = Policy(256, random.Random(0))
-WORDS = "the of prefix and cache a request holds engine to block, which is router. tokens in prompt it was not".split()
+WORDS = ("the", "of", "prefix", "and", "cache", "a", "request", "holds", "engine", "to", "block,", "which", "router.")
 
 
 @dataclass(frozen=True)
@@ -135,29 +135,20 @@ def timed_us(call: Callable[[], object], calls: int) -> list[float]:
     return sorted(values)
 
 
-def measure(resident: int = 1_000_000, calls: int = 300) -> tuple[str, dict[str, float]]:
-    """A table, and `route_100k_tokens_p50_ms`: the slower of the two shapes."""
+def measure(settings: Settings) -> Found:
+    """A line per stage, and `route_100k_tokens_p50_ms`: that of the slower shape."""
     for kernels in (hash_chain_cpu, prefix_table_cpu, text_table_cpu):
         kernels.compile_ahead()
     found = cases(random.Random(0))
-    fleet = fleet_of(found, resident)
+    fleet = fleet_of(found, settings.resident)
     lines, medians_ms = [], []
     for case in found:
         decision = route(fleet, case)
         assert decision.predicted_blocks == TOKENS // BLOCK_SIZE, "the whole prompt is cached, and the router knows it"
         for name, call in {**stages(fleet, case), "body to ranked list": lambda c=case: route(fleet, c)}.items():
-            values = timed_us(call, calls)
+            values = timed_us(call, settings.calls)
             p50, p99 = statistics.median(values), values[int(len(values) * 0.99)]
             lines.append(f"{case.name:12s} {name:38s} {p50:9.0f} us p50 {p99:9.0f} us p99")
         medians_ms.append(p50 / 1000)
         lines.append(f"{case.name:12s} at 100 requests a second: {p50 / 100:.1f} % of a core")
-    return "\n".join(lines) + "\n", {"route_100k_tokens_p50_ms": max(medians_ms)}
-
-
-def main() -> None:
-    table, last = measure()
-    sys.stdout.write(table + json.dumps({name: float(f"{value:.4g}") for name, value in last.items()}) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+    return Found({"route_100k_tokens_p50_ms": max(medians_ms)}, lines=lines)

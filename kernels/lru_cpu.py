@@ -52,18 +52,18 @@ def no_row(lru: Lru) -> int:
 @compiled
 def find(lru: Lru, key: np.uint64) -> int:
     """The row of a key, or `no_row`. It stays as old as it was."""
-    row = lru.table[_place(lru, key)]
-    return np.int64(row) - 1 if row != EMPTY else np.int64(len(lru.keys))
+    row = int(lru.table[_place(lru, key)])
+    return row - 1 if row != EMPTY else len(lru.keys)
 
 
 @compiled
 def insert(lru: Lru, key: np.uint64) -> int:
     """A row for a key that has none, as the newest. Where all rows are in use, the oldest key loses its own."""
     if lru.used[0] < len(lru.keys):
-        row = lru.used[0]
+        row = int(lru.used[0])
         lru.used[0] += 1
     else:
-        row = np.int64(lru.ring[len(lru.keys), NEWER])
+        row = int(lru.ring[len(lru.keys), NEWER])
         _delete(lru, _place(lru, lru.keys[row]))
         _unlink(lru, row)
     lru.keys[row] = key
@@ -81,7 +81,7 @@ def touch(lru: Lru, row: int) -> None:
 
 @compiled
 def _home(lru: Lru, key: np.uint64) -> int:
-    return np.int64((key * MIX) >> SHIFT) & (len(lru.table) - 1)
+    return int(np.int64((key * MIX) >> SHIFT)) & (len(lru.table) - 1)
 
 
 @compiled

@@ -92,10 +92,10 @@ def _learn(chunks: Chunks, pages: Pages, keys: Names, blocks: Depths, names: Nam
         if row != no_row(chunks.lru):
             touch(chunks.lru, row)
     most = min(len(names), len(rows) * PAGE_BLOCKS)
-    last_page, last_shared = no_row(pages.lru), np.int64(0)
+    last_page, last_shared = no_row(pages.lru), 0
     for number in range(count - 1, -1, -1):
         row = find(chunks.lru, keys[number])
-        depth = min(max(blocks[number], 0), most)
+        depth = min(max(int(blocks[number]), 0), most)
         if row == no_row(chunks.lru):
             row = insert(chunks.lru, keys[number])
         else:
@@ -104,11 +104,11 @@ def _learn(chunks: Chunks, pages: Pages, keys: Names, blocks: Depths, names: Nam
             if chunks.counts[row]:
                 page = find(pages.lru, chunks.pages[row])
             if not chunks.counts[row]:
-                depth = np.int64(0)
+                depth = 0
             elif page != no_row(pages.lru):
                 if page != last_page:
                     last_page, last_shared = page, _shared(pages, page, rows)
-                tied = np.int64(pages.numbers[page]) * PAGE_BLOCKS + np.int64(chunks.counts[row])
+                tied = int(pages.numbers[page]) * PAGE_BLOCKS + int(chunks.counts[row])
                 depth = min(tied, last_shared)
         if depth:
             chunks.pages[row] = pages.lru.keys[rows[(depth - 1) // PAGE_BLOCKS]]
@@ -133,41 +133,43 @@ def _keep(pages: Pages, names: Names) -> Rows:
             pages.counts[row], pages.before[row], pages.numbers[row] = count, before, number
             for i in range(count):
                 pages.names[row, i] = names[first + i]
-        elif pages.before[row] != before or _alike(pages, row, names, first, count) < max(count, pages.counts[row]):
+        elif pages.before[row] != before or _alike(pages, row, names, first, count) < max(
+            count, int(pages.counts[row])
+        ):
             break
         else:
             touch(pages.lru, row)
         rows[number] = before = row
         kept += 1
     for number in range(kept - 1, -1, -1):
-        touch(pages.lru, np.int64(rows[number]))
+        touch(pages.lru, int(rows[number]))
     return rows[:kept]
 
 
 @compiled
 def _alike(pages: Pages, row: int, names: Names, first: int, count: int) -> int:
     """How many names a page and a chain from `first` on begin with alike."""
-    for i in range(min(count, np.int64(pages.counts[row]))):
+    for i in range(min(count, int(pages.counts[row]))):
         if pages.names[row, i] != names[first + i]:
             return i
-    return min(count, np.int64(pages.counts[row]))
+    return min(count, int(pages.counts[row]))
 
 
 @compiled
 def _shared(pages: Pages, page: int, rows: Rows) -> int:
     """How many blocks, up to the end of a page, are those of the chain whose pages are `rows`."""
-    number = np.int64(pages.numbers[page])
+    number = int(pages.numbers[page])
     while True:
         if number < len(rows):
-            row = np.int64(rows[number])
+            row = int(rows[number])
             if row == page:
-                return number * PAGE_BLOCKS + np.int64(pages.counts[page])
+                return number * PAGE_BLOCKS + int(pages.counts[page])
             if number == 0 or pages.before[page] == rows[number - 1]:
-                alike = _alike(pages, page, pages.names[row], 0, np.int64(pages.counts[row]))
+                alike = _alike(pages, page, pages.names[row], 0, int(pages.counts[row]))
                 return number * PAGE_BLOCKS + alike
         elif number == 0:
-            return np.int64(0)
-        page = np.int64(pages.before[page])
+            return 0
+        page = int(pages.before[page])
         number -= 1
 
 
@@ -182,10 +184,10 @@ def _predict(chunks: Chunks, pages: Pages, keys: Names) -> Names:
         rows[number] = row
         known += 1
     for number in range(known - 1, -1, -1):
-        touch(chunks.lru, np.int64(rows[number]))
+        touch(chunks.lru, int(rows[number]))
     for number in range(known - 1, -1, -1):
-        row = np.int64(rows[number])
-        count = np.int64(chunks.counts[row])
+        row = int(rows[number])
+        count = int(chunks.counts[row])
         if count == 0:
             break
         page = find(pages.lru, chunks.pages[row])
@@ -197,7 +199,7 @@ def _predict(chunks: Chunks, pages: Pages, keys: Names) -> Names:
 @compiled
 def _chain_to(pages: Pages, page: int, count: int) -> Names:
     """The names up to the first `count` of a page, from the start. All its pages are the newest then."""
-    number = np.int64(pages.numbers[page])
+    number = int(pages.numbers[page])
     names = np.empty(number * PAGE_BLOCKS + count, np.uint64)
     while True:
         for i in range(count):
@@ -205,5 +207,5 @@ def _chain_to(pages: Pages, page: int, count: int) -> Names:
         touch(pages.lru, page)
         if number == 0:
             return names
-        page = np.int64(pages.before[page])
-        number, count = number - 1, np.int64(PAGE_BLOCKS)
+        page = int(pages.before[page])
+        number, count = number - 1, PAGE_BLOCKS

@@ -69,7 +69,7 @@ _NOTHING = _Prompt(None, b"", 0)
 
 
 def parse_body(raw: bytes) -> dict[str, Any]:
-    """The request body, as an engine's `json.loads` reads it. Raises RequestError unless it is one JSON object in UTF-8.
+    """The request body as `json.loads` reads it. Raises RequestError unless it is one JSON object in UTF-8.
 
     msgspec is faster and stricter: what it refuses (NaN, lone surrogates, huge numbers) is read again.
     """

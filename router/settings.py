@@ -69,7 +69,7 @@ _FLAGS: Mapping[str, str] = {
     "shutdown_ms": "how long requests in flight may take to end when the router is told to stop",
     "max_body_bytes": "largest request body accepted",
     "text_chunk_bytes": "bytes of prompt text per entry of the text index",
-    "text_chunks": "entries kept in the text index, about 300 bytes of memory each",
+    "text_chunks": "entries kept in the text index, about 150 bytes of memory each",
     "index_blocks": "different blocks that each 64 engines may hold in a tier, up to 40 bytes of memory each",
     "api_key": f"clients must send it as bearer token; also read from {API_KEY_VARIABLE}",
 }

@@ -15,7 +15,7 @@ import numpy as np
 
 from vllm_llmd.kernels.hash_chain import PRIMES, Names
 from vllm_llmd.kernels.hash_chain_cpu import piece_names, xxh64
-from vllm_llmd.kernels.text_table_cpu import TextTable
+from vllm_llmd.kernels.text_table_cpu import Depths, TextTable
 from vllm_llmd.names import BlockName
 from vllm_llmd.router.request import Facts
 
@@ -32,10 +32,11 @@ class Chunks:
     chunk_bytes: int
     teaches: bool = True
 
-    def ends(self, blocks: int) -> "np.ndarray[tuple[int], np.dtype[np.int64]]":
+    def ends(self, blocks: int) -> Depths:
         """How many of the text's `blocks` blocks each chunk ends after, by proportion."""
         ends = np.arange(1, len(self.hashes) + 1) * self.chunk_bytes
-        return np.minimum(ends, self.text_bytes) * blocks // max(self.text_bytes, 1)
+        after: Depths = np.minimum(ends, self.text_bytes) * blocks // max(self.text_bytes, 1)
+        return after
 
 
 def cut(facts: Facts, chunk_bytes: int) -> Chunks:

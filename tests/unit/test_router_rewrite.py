@@ -75,6 +75,42 @@ def test_a_body_that_is_no_object_is_an_error(raw: bytes) -> None:
         parse_body(raw)
 
 
+junk = st.sampled_from(
+    [
+        "{", "}", "[", "]", ",", ":", '"', "\\", "\\u", "\\ud800", "\\udc00", "\\u0000", "\x00", "\x1f", "\x7f",
+        "é", "\ufeff", "0", "-", "+", ".", "1e5", "1e400", "01", "-0", "9" * 30, "NaN", "-Infinity", "null", "nul", " ",
+        "\x0c", "'", "/", '"a":', '"a"', "{}", "\u2028", "0.1", "5e-324", "2.2250738585072011e-308",
+    ]
+).map(str.encode) | st.sampled_from([b"\xff", b"\xc3", b"\xed\xa0\x80", b"\xc0\x80", b"\xf4\x90\x80\x80"])  # fmt: skip
+
+
+@given(
+    spelled().map(lambda case: case[1]) | st.just(b'{"a":}'), st.lists(st.tuples(st.integers(0, 99), junk), max_size=3)
+)
+def test_a_body_is_read_as_an_engine_reads_it_or_refused_as_one_refuses_it(
+    raw: bytes, put_in: list[tuple[int, bytes]]
+) -> None:
+    for at, what in put_in:
+        raw = raw[:at] + what + raw[at:]
+    try:
+        wanted = json.loads(raw.decode())
+    except ValueError:
+        wanted = None
+    if isinstance(wanted, dict):
+        assert repr(parse_body(raw)) == repr(wanted)
+    else:
+        with pytest.raises(RequestError):
+            parse_body(raw)
+
+
+def test_a_message_nested_too_deeply_is_refused() -> None:
+    deep: Any = "x"
+    for _ in range(5000):
+        deep = [deep]
+    with pytest.raises(RequestError, match="too deeply"):
+        read_facts("chat", {"messages": [{"role": "user", "extra": deep}]})
+
+
 def test_withheld_headers_do_not_pass_and_others_do_with_their_duplicates() -> None:
     sent = [
         ("Host", "h"), ("Content-Length", "9"), ("Connection", "keep-alive, X-Hop"), ("X-Hop", "1"), ("TE", "x"),
@@ -101,6 +137,20 @@ def test_chats_that_share_a_beginning_share_their_text_and_what_renders_it_is_in
         other = read_facts("chat", {"model": "m", "messages": [turn], **field})
         assert other.seed != one.seed
     assert read_facts("chat", {"model": "m", "messages": [turn], "tools": [{"a": 1}]}).text != one.text
+
+
+def test_the_spelling_of_a_body_does_not_change_its_text_but_the_order_within_a_tool_does() -> None:
+    one = b'{"messages": [{"role": "user", "content": "caf\xc3\xa9"}, {"role":"a","content":null,"x":1}]}'
+    two = b'{"messages":[{"content":"caf\\u00e9","role":"user"},{"x":1,"content":null,"role":"a"}]}'
+    assert read_facts("chat", parse_body(one)).text == read_facts("chat", parse_body(two)).text
+    tools = [[{"a": 1, "b": 2}], [{"b": 2, "a": 1}]]
+    assert len({read_facts("chat", {"messages": [], "tools": each}).text for each in tools}) == 2
+
+
+def test_of_several_prompts_the_longest_counts() -> None:
+    one = read_facts("completion", {"prompt": "y" * 80})
+    three = read_facts("completion", {"prompt": ["x" * 40, "y" * 80, [7]]})
+    assert (three.text, three.seed, three.prompts, one.prompts) == (one.text, one.seed, 3, 1)
 
 
 def test_an_image_counts_by_its_content_but_not_by_its_bytes() -> None:

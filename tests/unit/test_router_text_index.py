@@ -62,6 +62,30 @@ def test_a_request_that_was_not_forwarded_teaches_nothing_and_one_report_is_enou
     assert predict(index, chunks(text)) == names(text)
 
 
+def test_a_request_of_several_prompts_finds_what_was_learned_and_teaches_nothing() -> None:
+    index, text = TextIndex(1000), bytes(range(100))
+    batch = cut(Facts(None, None, b"", text, len(text), None, prompts=2), CHUNK)
+    index.forwarded("r", batch)
+    index.learn("r", BLOCK, names(text))
+    assert predict(index, batch) == []
+    teach(index, text)
+    assert predict(index, batch) == names(text)
+
+
+def test_texts_that_wait_for_their_blocks_are_bounded_in_number_and_size() -> None:
+    index, text = TextIndex(10), bytes(CHUNK * 6)
+    for request in ("a", "b"):
+        index.forwarded(request, chunks(text))
+    index.learn("a", BLOCK, names(text))
+    assert predict(index, chunks(text)) == [], "it gave way to the later one"
+    index.learn("b", BLOCK, names(text))
+    assert predict(index, chunks(text)) == names(text)
+    long = bytes(CHUNK * 50)
+    index.forwarded("long", chunks(long))
+    index.learn("long", BLOCK, names(long))
+    assert predict(index, chunks(long)) == names(long[: CHUNK * 10])
+
+
 def test_a_position_guessed_too_far_is_corrected_by_the_next_request() -> None:
     """Tokens lie far from where proportion puts them: the prefix is dense at its end."""
     index = TextIndex(1000)
