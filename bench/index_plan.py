@@ -14,7 +14,9 @@ PARTS: dict[str, tuple[str, ...]] = {
         "hash512_vs_dynamo",
         "bytes_per_block",
     ),
+    "select": ("select_vs_dynamo",),
     "route": ("route_100k_tokens_p50_ms",),
+    "join": ("join_exact_s",),
 }
 """A part is a module `index_<part>` with `measure(settings: Settings) -> Found`; these are its figures."""
 

@@ -3,13 +3,20 @@
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "bench"))
 
 import index
+from index_engines import Holding, engines_apart
+from index_fleet import FilledFleet
+from index_join import endpoint, exact
 from index_plan import KEYS, PARTS, kept, last_line
 from index_values import Arms, Found, Settings, quartiles
+
+from vllm_llmd.kernels.prefix_table import Contents
+from vllm_llmd.launch_process import reserve_port
 
 BENCH = Path(__file__).resolve().parents[2] / "bench"
 SETTINGS = Settings(resident=1, rounds=1, calls=1, engine_python="python", model="tiny")
@@ -50,3 +57,25 @@ def test_a_part_that_does_not_exist_is_refused(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(sys, "argv", ["index", "--parts", "nonsense"])
     with pytest.raises(SystemExit):
         index.read_arguments()
+
+
+def test_a_filled_fleet_knows_what_it_was_told() -> None:
+    filled = FilledFleet(2, block_size=16, blocks=100)
+    filled.store(1, np.array([5, 6], np.uint64))
+    filled.store(1, np.array([7], np.uint64))
+    engines = [engine.info.id for engine in filled.fleet.membership.ready()]
+    assert [filled.fleet.index.contents(engine) for engine in engines] == [Contents(0, 0), Contents(3, 5 ^ 6 ^ 7)]
+
+
+def test_a_join_is_over_when_all_are_ready_and_their_contents_are_known() -> None:
+    filled = FilledFleet(2, block_size=16, blocks=100)
+    filled.store(1, np.array([5], np.uint64))
+    idle, other = (engine.info.id for engine in filled.fleet.membership.all())
+    assert exact(filled.fleet, {idle: Contents(0, 0), other: Contents(1, 5)})
+    assert not exact(filled.fleet, {idle: Contents(0, 0), other: Contents(1, 6)})
+    assert not exact(filled.fleet, {idle: Contents(0, 0)})
+
+
+def test_engines_in_a_process_of_their_own_tell_what_they_hold() -> None:
+    with reserve_port() as port, engines_apart(Holding(2, 10, endpoint(port))) as held:
+        assert [contents.blocks for contents in held.values()] == [10, 10]
