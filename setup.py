@@ -8,6 +8,7 @@ from setuptools import setup
 setup(
     packages=[
         "vllm_llmd",
+        "vllm_llmd.sim",
         "vllm_llmd.testing",
         "vllm_llmd.kv_connector",
         "vllm_llmd.router",

@@ -162,8 +162,16 @@ class EngineLink:
     `publish` and `seen` are for the engine thread: they cost an append and a wake-up. `members` is for any thread.
     """
 
-    def __init__(self, settings: LinkSettings, clock: Clock | None = None) -> None:
-        """Raises ConfigError if a router's endpoint is not one that ZeroMQ can connect to."""
+    def __init__(
+        self,
+        settings: LinkSettings,
+        clock: Clock | None = None,
+        sockets: "zmq.Context[zmq.Socket[bytes]] | None" = None,
+    ) -> None:
+        """`sockets` is where they come from, and stays open; by default there is one for this link alone.
+
+        Raises ConfigError if a router's endpoint is not one that ZeroMQ can connect to.
+        """
         self._settings = settings
         self._clock = clock or MonotonicClock()
         self._queue: deque[Change | Seen] = deque()
@@ -171,7 +179,8 @@ class EngineLink:
         self._members = merge_members(settings.peers, ())
         self._mirror = Mirror(settings.info)
         self._closing = self._dead = False
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._context: zmq.Context[zmq.Socket[bytes]] = sockets or zmq.Context()
+        self._owns_context = sockets is None
         self._connections: list[_Connection] = []
         self._wake_out, self._wake_in = socket.socketpair()
         self._wake_out.setblocking(False)
@@ -339,4 +348,5 @@ class EngineLink:
             connection.socket.close(linger=linger_ms)
         self._wake_in.close()
         self._wake_out.close()
-        self._context.term()
+        if self._owns_context:
+            self._context.term()

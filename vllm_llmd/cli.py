@@ -1,4 +1,7 @@
-"""`vllm-llmd`: one command with the subcommands up, model, router, index. Errors are one line; exit status 1 or 2."""
+"""`vllm-llmd`: one command with the subcommands up, model, router, sim-engine, index.
+
+Errors are one line; exit status 1 or 2.
+"""
 
 import argparse
 import os
@@ -12,6 +15,7 @@ from vllm_llmd import launch, model
 from vllm_llmd.errors import ConfigError, LlmdError
 from vllm_llmd.router import settings as router_settings
 from vllm_llmd.router import verify
+from vllm_llmd.sim import settings as sim_settings
 
 
 def parser() -> argparse.ArgumentParser:
@@ -29,6 +33,9 @@ def parser() -> argparse.ArgumentParser:
     )
     model.add_arguments(commands.add_parser("model", help="make a small model directory to try things with"))
     router_settings.add_arguments(commands.add_parser("router", help="OpenAI front door that knows the KV cache"))
+    sim_settings.add_arguments(
+        commands.add_parser("sim-engine", help="engines without a model or a GPU, to try a fleet")
+    )
     index = commands.add_parser("index", help="look at a router's prefix index").add_subparsers(
         dest="index_command", required=True, metavar="COMMAND"
     )
@@ -48,6 +55,10 @@ def run(arguments: Sequence[str]) -> int:
         return model.run(args, lambda line: Console().print(line, highlight=False))
     if args.command == "index":
         return verify.run(args, lambda line: Console().print(line, highlight=False, soft_wrap=True))
+    if args.command == "sim-engine":
+        from vllm_llmd.sim import main as sim_main
+
+        return sim_main.run(sim_settings.from_args(args, os.environ))
     from vllm_llmd.router import main as router_main
 
     return router_main.run(router_settings.from_args(args, os.environ))
