@@ -93,6 +93,18 @@ class Admin:
             "models": info.models,
             "load": {name: getattr(load, name) for name in load.__struct_fields__},
             "blocks_indexed": sum(self._fleet.index.contents(info.id, tier).blocks for tier in TIERS),
+            "predictions": self._predictions(info.id),
+        }
+
+    def _predictions(self, engine: EngineId) -> dict[str, object] | None:
+        standing = self._fleet.truth.standing(engine)
+        if standing is None:
+            return None
+        return {
+            "trust": standing.state.value,
+            "kept": round(standing.kept, 3),
+            "compared": standing.answers,
+            "untold": standing.untold,
         }
 
 

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from vllm_llmd.names import EngineId
 from vllm_llmd.router.membership import Engine
+from vllm_llmd.wire import EngineInfo
 
 Places = npt.NDArray[np.intp]
 """Where engines stand in the columns, shape (n,)."""
@@ -59,8 +60,12 @@ class Roster:
 
 
 def _shape(engine: Engine, model: str | None) -> Shape:
+    return engine.info.block_size, is_base(engine.info, model)
+
+
+def is_base(info: EngineInfo, model: str | None) -> bool:
     """An engine lists its base model first; any other name may be an adapter, which is part of the names."""
-    return engine.info.block_size, model is None or model == engine.info.models[0]
+    return model is None or model == info.models[0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,12 +73,14 @@ class Candidates:
     """The engines of a roster and what concerns one request: how much of the prompt each has cached, and its queue.
 
     `offloaded_blocks` of the `prefix_blocks` are not on the GPU: they come after the last that is.
+    `prefix_blocks` are as many as are to be counted on, `claimed_blocks` what the index says.
     """
 
     roster: Roster
     prefix_blocks: Counts
     offloaded_blocks: Counts
     queue_ms: Milliseconds
+    claimed_blocks: Counts
 
     def __len__(self) -> int:
         return len(self.roster.engines)

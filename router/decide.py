@@ -20,11 +20,15 @@ class Policy:
 
 @dataclass(frozen=True)
 class Decision:
-    """`predicted_blocks` of the prompt are cached at `destination`. `terms` are its costs in milliseconds."""
+    """`predicted_blocks` of the prompt are cached at `destination`, `claimed_blocks` if the index is right.
+
+    `terms` are its costs in milliseconds.
+    """
 
     destination: EngineId
     source: EngineId | None
     predicted_blocks: int
+    claimed_blocks: int
     uncached_tokens: int
     terms: Mapping[str, float]
 
@@ -44,6 +48,7 @@ def decide(facts: Facts, candidates: Candidates, policy: Policy) -> Decision | N
         destination=roster.id(destination),
         source=None if source is None else roster.id(source),
         predicted_blocks=predicted_blocks,
+        claimed_blocks=int(candidates.claimed_blocks[destination]),
         uncached_tokens=uncached_tokens,
         terms={"queue_ms": queue_ms, "prefill_ms": costs.prefill_ms(uncached_tokens)},
     )

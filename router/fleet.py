@@ -17,7 +17,7 @@ from vllm_llmd.kernels.hash_chain import Names, digest, salt_of
 from vllm_llmd.kernels.hash_chain_cpu import UNSALTED, chain_names
 from vllm_llmd.names import TIERS, EngineId
 from vllm_llmd.router import costs, text_index
-from vllm_llmd.router.candidates import Candidates, Places, Roster
+from vllm_llmd.router.candidates import Candidates, Places, Roster, is_base
 from vllm_llmd.router.cursor import Cursor, Outcome
 from vllm_llmd.router.decide import Decision
 from vllm_llmd.router.membership import Membership, Placed, State
@@ -25,6 +25,8 @@ from vllm_llmd.router.prefix_index import Difference, PrefixIndex, unpacked, unp
 from vllm_llmd.router.request import Facts
 from vllm_llmd.router.settings import RouterSettings
 from vllm_llmd.router.text_index import Chunks, TextIndex
+from vllm_llmd.router.truth import By, Error, Prediction, Truth
+from vllm_llmd.router.usage import Usage
 
 Sender = bytes
 """The ZeroMQ routing id of a connection."""
@@ -67,6 +69,7 @@ class Fleet:
         self.membership = Membership(settings.stale_after_ms, settings.gone_after_ms)
         self.index = PrefixIndex(settings.index_blocks)
         self.texts = TextIndex(settings.text_chunks)
+        self.truth = Truth()
 
     # --- messages -----------------------------------------------------------------------------------------------
 
@@ -95,6 +98,14 @@ class Fleet:
             if known.info.id in self._unverified:
                 replies += self._act(known.info.id, self._cursors[known.info.id].verify())
         self._unverified.clear()
+        return [*replies, *self._resync_suspects(now_ms)]
+
+    def _resync_suspects(self, now_ms: float) -> list[Reply]:
+        self.truth.tick(now_ms)
+        suspects, self.truth.to_resync = self.truth.to_resync, set()
+        replies = []
+        for engine in suspects & self._cursors.keys():
+            replies += self._act(engine, self._cursors[engine].lose("predictions wrong", now_ms))
         return replies
 
     def members_to_publish(self) -> list[Reply]:
@@ -116,6 +127,7 @@ class Fleet:
         if self.membership.join(info, now_ms):
             self._cursors[info.id] = Cursor(self._settings.snapshot_retry_ms)
             self.index.clear_engine(info.id)
+            self.truth.joined(info.id, info.epoch)
             return [*replies, *self._act(info.id, self._cursors[info.id].lose("joined", now_ms))]
         return [*replies, Reply(sender, wire.Members(self.membership.infos())), *self._heard(info.id)]
 
@@ -152,6 +164,7 @@ class Fleet:
     def _act(self, engine: EngineId, outcome: Outcome) -> list[Reply]:
         if outcome.replace is not None:
             wrong = self.index.replace_engine(engine, unpacked_tiers(outcome.replace))
+            self.truth.resynced(engine)
             if outcome.again:
                 self.repaired[engine] += wrong.missing + wrong.extra
         if outcome.compare is not None:
@@ -171,6 +184,7 @@ class Fleet:
 
     def _forget(self, engine: EngineId) -> None:
         self.index.forget_engine(engine)
+        self.truth.left(engine)
         self._verdicts.pop(engine, None)
         del self._cursors[engine], self._senders[engine]
 
@@ -194,7 +208,9 @@ class Fleet:
             prefix_blocks[among], on_gpu[among] = depths.with_offloaded_at(places[among]), depths.at(places[among])
         requests = np.array([engine.requests_ahead for engine in roster.engines], np.int64)
         tokens = np.array([engine.tokens_ahead for engine in roster.engines], np.int64)
-        return Candidates(roster, prefix_blocks, prefix_blocks - on_gpu, costs.queue_ms(requests, tokens))
+        believed = self.truth.believed((engine.info.id for engine in roster.engines), prefix_blocks)
+        offloaded = np.maximum(believed - on_gpu, 0)
+        return Candidates(roster, believed, offloaded, costs.queue_ms(requests, tokens), prefix_blocks)
 
     def place(self, request: str, decision: Decision, chunks: Chunks) -> None:
         """Counts a decision until the engines report it, and waits for the prompt's blocks to learn from."""
@@ -205,6 +221,22 @@ class Fleet:
             if engine is not None:
                 computes = engine_id == (decision.source or decision.destination)
                 engine.place(request, Placed(now_ms, decision.uncached_tokens if computes else 0))
+
+    def foretold(self, facts: Facts, decision: Decision) -> Prediction | None:
+        """What the index claims of the decision's destination. None if what the engine finds says nothing of that."""
+        engine = self.membership.get(decision.destination)
+        cursor, standing = self._cursors.get(decision.destination), self.truth.standing(decision.destination)
+        if engine is None or cursor is None or standing is None or not cursor.exact:
+            return None
+        if decision.source is not None or facts.prompts != 1:  # a source's KV counts as cached
+            return None
+        info = engine.info
+        by: By = "tokens" if facts.tokens is not None and is_base(info, facts.model) else "text"
+        return Prediction(info.id, info.epoch, info.block_size, decision.claimed_blocks, by, standing.resyncs)
+
+    def observed(self, prediction: Prediction, kind: str, usage: Usage) -> Error | None:
+        """Takes in what the engine has found; `kind` names the kind of answer that says so."""
+        return self.truth.compare(prediction, kind, usage, self._clock.now_ms())
 
     def done(self, request: str, decision: Decision) -> None:
         """The request has ended, well or not."""

@@ -8,6 +8,7 @@ import itertools
 import logging
 import random
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -17,14 +18,17 @@ from aiohttp.typedefs import Handler
 
 from vllm_llmd.clock import Clock
 from vllm_llmd.names import EngineId
-from vllm_llmd.router import replies, rewrite, upstream
+from vllm_llmd.router import replies, rewrite, upstream, usage
 from vllm_llmd.router.decide import Decision, Policy, decide
 from vllm_llmd.router.fleet import Fleet
+from vllm_llmd.router.membership import Engine
 from vllm_llmd.router.observe import Metrics
 from vllm_llmd.router.request import Facts, Kind, RequestError, parse_body, read_facts
 from vllm_llmd.router.settings import RouterSettings
 from vllm_llmd.router.text_index import Chunks
+from vllm_llmd.router.truth import Prediction
 from vllm_llmd.router.upstream import Answer, Attempt, Failure
+from vllm_llmd.router.usage import Meter, Unasked
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +38,7 @@ PATHS: Final[dict[str, Kind]] = {"/v1/chat/completions": "chat", "/v1/completion
 
 @dataclass
 class Call:
-    """One client request on its way through."""
+    """One client request on its way through. `asking` is the request with the usage of its stream asked for."""
 
     id: str
     http: web.Request
@@ -43,6 +47,7 @@ class Call:
     facts: Facts
     chunks: Chunks
     began_ms: float
+    asking: tuple[bytes, Mapping[str, Any]] | None
     tried: list[EngineId] = field(default_factory=list)
 
 
@@ -99,7 +104,8 @@ class Front:
         if facts.model is not None and self._fleet.membership.ready() and not self._fleet.serves(facts.model):
             return replies.error(404, f"The model `{facts.model}` does not exist.", "model_not_found", "model")
         request = f"{self._life}-{next(self._numbers)}"
-        call = Call(request, http, raw, body, facts, self._fleet.cut(facts), began_ms)
+        asking = rewrite.asking_for_usage(raw, body)
+        call = Call(request, http, raw, body, facts, self._fleet.cut(facts), began_ms, asking)
         with self._metrics.inflight.track_inprogress():
             try:
                 return await self._serve(call)
@@ -131,37 +137,52 @@ class Front:
         assert engine is not None and self._session is not None
         self._fleet.place(call.id, decision, call.chunks)
         self._count(decision, engine.info.block_size)
-        hint = {"request": call.id} | ({} if decision.source is None else {"source": decision.source})
-        attempt = Attempt(
-            url=engine.info.http.rstrip("/") + call.http.path,
-            headers=rewrite.request_headers(call.http.headers.items(), call.id),
-            body=rewrite.with_hint(call.raw, call.body, {"llmd": hint}),
-        )
+        prediction = self._fleet.foretold(call.facts, decision) if usage.tells_of_its_prompt(call.body) else None
+        asking = call.asking if engine.takes_stream_options else None
         try:
-            async with upstream.ask(self._session, attempt) as answer:
+            async with upstream.ask(self._session, _attempt_at(engine, call, decision, asking)) as answer:
                 if isinstance(answer, Failure):
                     return answer
-                self._metrics.ttft_seconds.observe((self._clock.now_ms() - call.began_ms) / 1000)
-                self._metrics.requests.labels(decision.destination, answer.status).inc()
-                return await self._relay(call, decision.destination, answer)
+                if asking is None or not answer.refuses(rewrite.STREAM_OPTIONS):
+                    self._metrics.ttft_seconds.observe((self._clock.now_ms() - call.began_ms) / 1000)
+                    self._metrics.requests.labels(decision.destination, answer.status).inc()
+                    meter = usage.meter_for(asking is not None, answer.is_stream, engine.stamp)
+                    response = await self._relay(call, decision.destination, answer, meter)
+                    self._compare(engine, prediction, f"{call.http.path} {answer.is_stream}", meter)
+                    return response
+                engine.takes_stream_options = False
         finally:
             self._fleet.done(call.id, decision)
+        return await self._attempt(call, decision)
 
-    async def _relay(self, call: Call, engine: EngineId, answer: Answer) -> web.StreamResponse:
-        response = _response(answer.status, answer.headers)
+    async def _relay(self, call: Call, engine: EngineId, answer: Answer, meter: Meter) -> web.StreamResponse:
+        response = _response(answer, meter)
         await response.prepare(call.http)
         chunk = answer.first
         while chunk:
-            await response.write(chunk)
+            if passed := meter.feed(chunk):
+                await response.write(passed)
             try:
                 chunk = await answer.content.readany()
             except upstream.BROKEN as error:
                 log.warning("request %s: engine %s broke off (%s)", call.id, engine, error)
                 self._metrics.broken_streams.labels(engine).inc()
+                if left := meter.end():
+                    await response.write(left)
                 await _break_off(call.http, response, answer)
                 return response
-        await response.write_eof()
+        await response.write_eof(meter.end())
         return response
+
+    def _compare(self, engine: Engine, prediction: Prediction | None, kind: str, meter: Meter) -> None:
+        """What the answer says of the engine's cache against what was predicted."""
+        if isinstance(meter, Unasked):
+            engine.stamp = meter.stamp
+        if prediction is None or meter.usage is None:
+            return
+        error = self._fleet.observed(prediction, kind, meter.usage)
+        if error is not None:
+            self._metrics.prediction_error_tokens.labels(error.engine, error.by).observe(error.tokens)
 
     def _count(self, decision: Decision, block_size: int) -> None:
         self._metrics.predicted_cached_tokens.inc(decision.predicted_blocks * block_size)
@@ -190,8 +211,22 @@ async def _break_off(http: web.Request, response: web.StreamResponse, answer: An
         http.transport.abort()
 
 
-def _response(status: int, headers: rewrite.Headers) -> web.StreamResponse:
-    response = web.StreamResponse(status=status)
+def _attempt_at(
+    engine: Engine, call: Call, decision: Decision, asking: tuple[bytes, Mapping[str, Any]] | None
+) -> Attempt:
+    hint = {"request": call.id} | ({} if decision.source is None else {"source": decision.source})
+    raw, body = asking or (call.raw, call.body)
+    headers = rewrite.request_headers(call.http.headers.items(), call.id)
+    return Attempt(
+        url=engine.info.http.rstrip("/") + call.http.path,
+        headers=headers if asking is None else rewrite.uncompressed(headers),
+        body=rewrite.with_hint(raw, body, {"llmd": hint}),
+    )
+
+
+def _response(answer: Answer, meter: Meter) -> web.StreamResponse:
+    response = web.StreamResponse(status=answer.status)
+    headers = rewrite.unsized(answer.headers) if isinstance(meter, Unasked) else answer.headers
     for name, value in headers:
         response.headers.add(name, value)
     return response

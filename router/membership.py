@@ -66,6 +66,9 @@ class Engine:
     requests_ahead: int = 0
     tokens_ahead: int = 0
     """Requests, and prompt tokens to prefill, that it has to do, including what it has not reported yet."""
+    stamp: bytes | None = None
+    """What `usage.Unasked` has learnt from its streams."""
+    takes_stream_options: bool = True
 
     def place(self, request: str, placed: Placed) -> None:
         """Counts a request that this router sends to it until its own report does."""

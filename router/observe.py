@@ -11,8 +11,12 @@ from prometheus_client.registry import Collector
 from vllm_llmd.names import TIERS
 from vllm_llmd.router.fleet import Fleet
 from vllm_llmd.router.membership import State
+from vllm_llmd.router.truth import Trust
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+_ERROR_BUCKETS = (-16_384, -4096, -1024, -256, -64, -1, 0, 64, 256, 1024, 4096, 16_384)
+"""What is between -1 and 0 was predicted exactly."""
 
 _TTFT_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
@@ -49,6 +53,21 @@ class _FleetCollector(Collector):
         for engine_id, count in self._fleet.repaired.items():
             repaired.add_metric([engine_id], count)
         yield repaired
+        untold = CounterMetricFamily(
+            "vllm_llmd_answers_without_cached_tokens",
+            "Answers that did not say how much of the prompt was cached",
+            labels=["engine"],
+        )
+        trusted = GaugeMetricFamily(
+            "vllm_llmd_index_trusted", "Whether the index is believed as it is for the engine", labels=["engine"]
+        )
+        for engine in engines:
+            standing = self._fleet.truth.standing(engine.info.id)
+            if standing is not None:
+                untold.add_metric([engine.info.id], standing.untold)
+                trusted.add_metric([engine.info.id], float(standing.state is not Trust.OBSERVED))
+        yield untold
+        yield trusted
         yield GaugeMetricFamily(
             "vllm_llmd_text_chunks", "Entries in the text index", value=float(len(self._fleet.texts))
         )
@@ -71,6 +90,13 @@ class Metrics:
         self.predicted_cached_tokens = Counter(
             "vllm_llmd_predicted_cached_tokens",
             "Prompt tokens expected in the cache of the chosen engine",
+            registry=self._registry,
+        )
+        self.prediction_error_tokens = Histogram(
+            "vllm_llmd_prediction_error_tokens",
+            "Prompt tokens predicted to be cached less those that were; negative where too few were predicted",
+            ["engine", "by"],
+            buckets=_ERROR_BUCKETS,
             registry=self._registry,
         )
         self.source_hints = Counter(

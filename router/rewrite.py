@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
 HINT_KEY: Final = "kv_transfer_params"
+STREAM_OPTIONS: Final = "stream_options"
 
 _XARGS: Final = "vllm_xargs"
 """Where vLLM takes the key from, too."""
@@ -41,11 +42,36 @@ def with_hint(raw: bytes, body: Mapping[str, Any], hint: Mapping[str, Any]) -> b
     """The body to send on. `body` is `raw` parsed; the bytes stay as they are unless the client named the key."""
     if HINT_KEY in body or (_XARGS in body and _SPELT_OUT.search(raw)):
         return json.dumps({**_stripped(body), HINT_KEY: hint}).encode()
-    end = raw.rindex(b"}")
-    while raw[end - 1] in _SPACE:
-        end -= 1
-    comma = b"," if body else b""
-    return b"".join((memoryview(raw)[:end], comma, f'"{HINT_KEY}":{json.dumps(hint)}}}'.encode()))
+    return _with_member(raw, body, HINT_KEY, hint)
+
+
+def asking_for_usage(raw: bytes, body: Mapping[str, Any]) -> "tuple[bytes, Mapping[str, Any]] | None":
+    """The request, raw and parsed, with the usage of its stream asked for. None if there is no need or no way to.
+
+    The bytes stay as they are unless the client has stream options of its own.
+    """
+    options = body.get(STREAM_OPTIONS)
+    if body.get("stream") is not True or not isinstance(options, Mapping | None):
+        return None
+    if options is not None and options.get("include_usage") not in (None, False):
+        return None
+    asking = {**(options or {}), "include_usage": True}
+    if "continuous_usage_stats" in asking:  # which says nothing unless usage is included
+        asking["continuous_usage_stats"] = False
+    asked = {**body, STREAM_OPTIONS: asking}
+    if STREAM_OPTIONS in body:
+        return json.dumps(asked).encode(), asked
+    return _with_member(raw, body, STREAM_OPTIONS, asking), asked
+
+
+def uncompressed(headers: Headers) -> Headers:
+    """The same headers, for an answer that is to be read on its way."""
+    return [(name, value) for name, value in headers if name.lower() != "accept-encoding"]
+
+
+def unsized(headers: Headers) -> Headers:
+    """The same headers, for an answer that may become shorter on its way."""
+    return [(name, value) for name, value in headers if name.lower() != "content-length"]
 
 
 def request_headers(headers: Iterable[tuple[str, str]], request: str) -> Headers:
@@ -58,6 +84,15 @@ def request_headers(headers: Iterable[tuple[str, str]], request: str) -> Headers
 def response_headers(headers: Iterable[tuple[str, str]]) -> Headers:
     """The engine's headers that the client gets: all but those about the connection."""
     return _without_hop_by_hop(headers)
+
+
+def _with_member(raw: bytes, body: Mapping[str, Any], key: str, value: Any) -> bytes:
+    """The object with one member more at its end; every byte before stays."""
+    end = raw.rindex(b"}")
+    while raw[end - 1] in _SPACE:
+        end -= 1
+    comma = b"," if body else b""
+    return b"".join((memoryview(raw)[:end], comma, f'"{key}":{json.dumps(value)}}}'.encode()))
 
 
 def _stripped(body: Mapping[str, Any]) -> dict[str, Any]:

@@ -33,6 +33,10 @@ class Answer:
     first: bytes
     content: aiohttp.StreamReader
 
+    def refuses(self, parameter: str) -> bool:
+        """Whether the engine objects to a parameter of the request."""
+        return self.status in (400, 422) and parameter.encode() in self.first
+
 
 @dataclass(frozen=True)
 class Failure:

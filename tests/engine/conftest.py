@@ -263,7 +263,7 @@ def main_fleet(directory: Path, collector: Collector) -> dict[str, Any]:
             engine("slow-0", *lora, f"law={other}", "--max-num-batched-tokens", "16", role="prefill"),
         ),
         "engine_flags": (
-            *("--max-model-len", "8192", "--scheduling-policy", "priority", "--enable-prompt-tokens-details"),
+            *("--max-model-len", "8192", "--scheduling-policy", "priority"),
             *("--otlp-traces-endpoint", collector.endpoint),
         ),
         "engine_env": {"OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf", "OTEL_BSP_SCHEDULE_DELAY": "200"},

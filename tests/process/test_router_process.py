@@ -6,11 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, TypeVar
+from collections.abc import Iterator
 
 import aiohttp
 import pytest
@@ -19,138 +15,9 @@ import zmq
 from vllm_llmd import wire
 from vllm_llmd.names import BlockName, EngineId, Epoch
 from vllm_llmd.testing.fake_engine import Behaviour, FakeEngine, FakeSettings
-
-DEADLINE_S = 20.0
+from vllm_llmd.testing.site import CHAT, COMPLETIONS, DEADLINE_S, Site, chat, until
 
 LONG = "You are a helpful assistant who knows everything about the cache of every engine in the fleet. " * 20
-CHAT = "/v1/chat/completions"
-
-
-T = TypeVar("T")
-
-
-async def until(ask: Callable[[], Awaitable[T]], wanted: Callable[[T], bool]) -> T:
-    """Asks until the answer is the one wanted."""
-    give_up = time.monotonic() + DEADLINE_S
-    while True:
-        answer = await ask()
-        if wanted(answer):
-            return answer
-        assert time.monotonic() < give_up, f"still {answer!r}"
-        await asyncio.sleep(0.02)
-
-
-@dataclass
-class Router:
-    """One router process, which can be killed and started again on the same ports."""
-
-    log: Path
-    flags: tuple[str, ...]
-    process: subprocess.Popen[str] | None = None
-    http: str = ""
-    zmq: str = ""
-
-    async def start(self) -> None:
-        line = await asyncio.to_thread(self._spawn)
-        ports = json.loads(line)
-        self.http, self.zmq = ports["http"], ports["router"]
-
-    def _spawn(self) -> str:
-        again = ("--port", self.http.rpartition(":")[2], "--bind", self.zmq) if self.http else ()
-        command = [sys.executable, "-m", "vllm_llmd.router.main", "--port", "0", "--bind", "tcp://127.0.0.1:0"]
-        with self.log.open("ab") as log:
-            self.process = subprocess.Popen(
-                [*command, *self.flags, *again],
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
-                env=os.environ | {"PYTHONSAFEPATH": "1"},
-            )
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            self.end(signal.SIGKILL)
-            pytest.fail(self.log.read_text())
-        return line
-
-    def end(self, number: signal.Signals) -> int:
-        assert self.process is not None and self.process.stdout is not None
-        self.process.send_signal(number)
-        status = self.process.wait(timeout=DEADLINE_S)
-        self.process.stdout.close()
-        self.process = None
-        return status
-
-
-@dataclass
-class Site:
-    """A router, its engines and a client."""
-
-    router: Router
-    client: aiohttp.ClientSession
-    engines: list[FakeEngine] = field(default_factory=list)
-
-    async def engine(self, engine_id: str, epoch: int | None = None, **settings: Any) -> FakeEngine:
-        engine = FakeEngine(FakeSettings(engine_id, (self.router.zmq,), **settings))
-        if epoch is not None:
-            engine.epoch = Epoch(epoch)
-        self.engines.append(await engine.start())
-        return engine
-
-    async def ready(self, *engines: FakeEngine) -> None:
-        wanted = {(engine.settings.id, engine.epoch, "ready") for engine in engines}
-        await until(self.states, lambda states: wanted <= states)
-
-    async def states(self) -> set[tuple[str, int, str]]:
-        return {(engine["id"], engine["epoch"], engine["state"]) for engine in await self.admin_engines()}
-
-    async def admin_engines(self) -> list[dict[str, Any]]:
-        listed: list[dict[str, Any]] = (await self.get_json("/admin/engines"))["engines"]
-        return listed
-
-    async def get_json(self, path: str) -> Any:
-        async with self.client.get(self.router.http + path) as response:
-            return await response.json()
-
-    async def indexed(self, engine: FakeEngine) -> set[int]:
-        index = await self.get_json(f"/admin/index/{engine.settings.id}")
-        return {int(name) for name in index.get("names", ["-1"])}
-
-    async def index_equals_truth(self, engine: FakeEngine) -> None:
-        await until(lambda: self.indexed(engine), lambda names: names == engine.held)
-
-    def post(self, body: Any, path: str = CHAT, **more: Any) -> Any:
-        return self.client.post(self.router.http + path, json=body, **more)
-
-    async def metric(self, line: str) -> float:
-        async with self.client.get(self.router.http + "/metrics") as response:
-            found = [each.split()[-1] for each in (await response.text()).splitlines() if each.startswith(line + " ")]
-        return float(found[0]) if found else 0.0
-
-
-@pytest.fixture
-async def site(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[Site]:
-    router = Router(tmp_path / "router.log", getattr(request, "param", ()))
-    await router.start()
-    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=DEADLINE_S)) as client:
-        site = Site(router, client)
-        try:
-            yield site
-        finally:
-            await asyncio.gather(*(engine.stop() for engine in site.engines))
-            if router.process is not None:
-                assert router.end(signal.SIGTERM) == 0, router.log.read_text()
-    assert "Traceback" not in router.log.read_text()
-
-
-@pytest.fixture
-async def other(site: Site, tmp_path: Path) -> AsyncIterator[Site]:
-    """A second router beside the first, with no engines of its own."""
-    router = Router(tmp_path / "other.log", ())
-    await router.start()
-    yield Site(router, site.client)
-    if router.process is not None:
-        assert router.end(signal.SIGTERM) == 0, router.log.read_text()
 
 
 @pytest.fixture
@@ -159,10 +26,6 @@ def dealer() -> Iterator["zmq.Socket[bytes]"]:
     with zmq.Context() as context, context.socket(zmq.DEALER) as dealer:
         dealer.setsockopt(zmq.LINGER, 0)
         yield dealer
-
-
-def chat(text: str, **more: Any) -> dict[str, Any]:
-    return {"model": "fake", "messages": [{"role": "user", "content": text}], **more}
 
 
 async def test_an_answer_passes_byte_for_byte_with_its_status_and_headers(site: Site) -> None:
@@ -178,10 +41,11 @@ async def test_an_answer_passes_byte_for_byte_with_its_status_and_headers(site: 
 async def test_a_stream_passes_byte_for_byte(site: Site) -> None:
     engine = await site.engine("a")
     await site.ready(engine)
-    async with site.post(chat("hello", stream=True)) as response:
+    asked = {"stream": True, "stream_options": {"include_usage": True}}
+    async with site.post(chat("hello", **asked)) as response:
         assert response.content_type == "text/event-stream"
         assert await response.read() == engine.answers[0]
-    async with site.post({"model": "fake", "prompt": "hello", "stream": True}, "/v1/completions") as response:
+    async with site.post({"model": "fake", "prompt": "hello", **asked}, COMPLETIONS) as response:
         assert await response.read() == engine.answers[1]
 
 
@@ -261,7 +125,7 @@ async def test_an_engine_that_fails_before_its_first_byte_is_retried_elsewhere(
     good.load = wire.Load(waiting=100)
     await site.ready(bad, good)
     await until(site.admin_engines, lambda engines: any(engine["load"]["waiting"] for engine in engines))
-    async with site.post(chat("hello", stream=True)) as response:
+    async with site.post(chat("hello")) as response:
         assert response.status == 200
         assert await response.read() == good.answers[0]
     assert len(bad.requests) == len(good.requests) == 1
@@ -350,7 +214,7 @@ async def test_token_prompts_match_exactly_from_the_first_request(site: Site) ->
     two.load = wire.Load(waiting=100)
     await site.ready(one, two)
     await site.index_equals_truth(two)
-    async with site.post({"model": "fake", "prompt": tokens}, "/v1/completions") as response:
+    async with site.post({"model": "fake", "prompt": tokens}, COMPLETIONS) as response:
         assert response.headers["X-Fake-Engine"] == "b"
     assert await site.metric("vllm_llmd_predicted_cached_tokens_total") == 96
 

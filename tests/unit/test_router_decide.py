@@ -47,7 +47,7 @@ def engine(
 def columns(*rows: Candidate) -> Candidates:
     roster = Roster.of([Engine(row.info, State.READY, 0) for row in rows], "m")
     prefix, offloaded = np.array([(row.prefix, row.offloaded) for row in rows], int).reshape(-1, 2).T
-    return Candidates(roster, prefix, offloaded, np.array([row.queue for row in rows], float))
+    return Candidates(roster, prefix, offloaded, np.array([row.queue for row in rows], float), prefix)
 
 
 def facts(tokens: int) -> Facts:

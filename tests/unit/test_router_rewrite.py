@@ -6,7 +6,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_llmd.router.request import RequestError, parse_body, read_facts
-from vllm_llmd.router.rewrite import HINT_KEY, request_headers, response_headers, with_hint
+from vllm_llmd.router.rewrite import (
+    HINT_KEY,
+    asking_for_usage,
+    request_headers,
+    response_headers,
+    uncompressed,
+    unsized,
+    with_hint,
+)
 
 HINT = {"llmd": {"request": "r-1", "source": "p"}}
 
@@ -67,6 +75,64 @@ def test_a_body_without_the_key_keeps_every_byte(body: dict[str, Any], space: st
 @pytest.mark.parametrize("raw", [b"{}", b" { } \n", b'{"a":1}', b'{"a":{}}\n\n'])
 def test_the_hint_is_spliced_in_before_the_last_brace(raw: bytes) -> None:
     assert json.loads(with_hint(raw, json.loads(raw), HINT)) == {**json.loads(raw), HINT_KEY: HINT}
+
+
+@given(st.dictionaries(st.text(max_size=4), values), spaces)
+def test_asking_for_the_usage_of_a_stream_keeps_every_byte_of_the_request(body: dict[str, Any], space: str) -> None:
+    body = {**body, "stream": True}
+    raw = (json.dumps(body, indent=1, ensure_ascii=False) + space).encode("utf-8", "surrogatepass")
+    asked = asking_for_usage(raw, body)
+    assert asked is not None
+    assert asked[0].startswith(raw.rstrip()[:-1].rstrip())
+    assert json.loads(asked[0]) == asked[1] == {**body, "stream_options": {"include_usage": True}}
+    assert json.loads(with_hint(*asked, HINT)) == {**cleaned(dict(asked[1])), HINT_KEY: HINT}
+
+
+@pytest.mark.parametrize(
+    ("options", "asked"),
+    [
+        (None, {"include_usage": True}),
+        ({}, {"include_usage": True}),
+        ({"include_usage": None}, {"include_usage": True}),
+        ({"include_usage": False, "other": 1}, {"include_usage": True, "other": 1}),
+        ({"continuous_usage_stats": True}, {"include_usage": True, "continuous_usage_stats": False}),
+        (
+            {"include_usage": False, "continuous_usage_stats": True},
+            {"include_usage": True, "continuous_usage_stats": False},
+        ),
+    ],
+)
+def test_stream_options_of_the_clients_own_are_kept_but_for_what_would_show(options: Any, asked: Any) -> None:
+    body = {"stream": True, "stream_options": options, "n": 1}
+    raw = json.dumps(body).replace('"stream_options"', '"str\\u0065am_options"').encode()
+    found = asking_for_usage(raw, parse_body(raw))
+    assert found is not None
+    pairs = json.loads(found[0], object_pairs_hook=lambda pairs: pairs)
+    assert [key for key, _ in pairs] == ["stream", "stream_options", "n"]
+    assert json.loads(found[0]) == found[1] == {**body, "stream_options": asked}
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {},
+        {"stream": False},
+        {"stream": None},
+        {"stream": "true"},
+        {"stream": True, "stream_options": {"include_usage": True}},
+        {"stream": True, "stream_options": {"include_usage": "yes"}},
+        {"stream": True, "stream_options": "nonsense"},
+        {"stream": True, "stream_options": False},
+    ],
+)
+def test_usage_is_asked_for_in_streams_alone_and_only_where_the_client_did_not(body: dict[str, Any]) -> None:
+    assert asking_for_usage(json.dumps(body).encode(), body) is None
+
+
+def test_an_answer_to_be_read_comes_uncompressed_and_one_that_shrinks_without_its_size() -> None:
+    sent = [("Accept-Encoding", "gzip"), ("content-length", "5"), ("X-Custom", "1")]
+    assert uncompressed(sent) == sent[1:]
+    assert unsized(sent) == [sent[0], sent[2]]
 
 
 @pytest.mark.parametrize("raw", [b"", b"[]", b"null", b'"x"', b"{", b"\xff{}", b'{"a":}', b"[" * 100_000])

@@ -30,6 +30,7 @@ class Behaviour(Enum):
     STALL = "never answer"
     STALL_MIDWAY = "stop after the first chunk, for ever"
     DIE_MIDWAY = "close the connection after the first chunk"
+    REFUSE_STREAM_OPTIONS = "answer with status 400 to a request with stream options"
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,11 @@ class FakeSettings:
 
 @dataclass
 class FakeEngine:
-    """`held` is the truth that a router's index must come to equal; change it through `publish`."""
+    """`held` is the truth that a router's index must come to equal; change it through `publish`.
+
+    Of what is held, `honest_share` is found by requests; with less than 1 the engine lies. `details`: whether it says
+    how much of a prompt was cached.
+    """
 
     settings: FakeSettings
     epoch: Epoch = field(default_factory=lambda: Epoch(secrets.randbits(63)))
@@ -70,6 +75,8 @@ class FakeEngine:
     requests: list[Received] = field(default_factory=list)
     answers: list[bytes] = field(default_factory=list)
     cancelled: int = 0
+    honest_share: float = 1.0
+    details: bool = True
 
     async def start(self) -> "FakeEngine":
         app = web.Application(client_max_size=1 << 30)
@@ -139,8 +146,11 @@ class FakeEngine:
                 request.transport.close()
                 return web.Response()
         body = received.body
+        if self.behaviour is Behaviour.REFUSE_STREAM_OPTIONS and "stream_options" in body:
+            return web.json_response({"error": {"message": "stream_options: unknown", "code": 400}}, status=400)
+        usage = self._usage(body)
         self._cache(body)
-        chunks = _stream_chunks(body) if body.get("stream") else _whole_chunks(body)
+        chunks = _stream_chunks(body, usage) if body.get("stream") else _whole_chunks(body, usage)
         answer = b"".join(chunks)
         self.answers.append(answer)
         response = web.StreamResponse()
@@ -159,6 +169,19 @@ class FakeEngine:
                 return response
         await response.write_eof()
         return response
+
+    def _usage(self, body: Any) -> dict[str, Any]:
+        """What vLLM would say: the last token is always computed."""
+        prompt, block_size = _prompt(body), self.settings.block_size
+        tokens, hit = len(prompt.encode() if isinstance(prompt, str) else prompt), 0
+        for name in self.names(prompt):
+            if name not in self.held:
+                break
+            hit += 1
+        cached = int(min(hit, max(tokens - 1, 0) // block_size) * self.honest_share) * block_size
+        return {"prompt_tokens": tokens} | (
+            {"prompt_tokens_details": {"cached_tokens": cached}} if self.details else {}
+        )
 
     def _cache(self, body: Any) -> None:
         names = self.names(_prompt(body))
@@ -191,11 +214,22 @@ def _words(body: Any) -> list[str]:
     return [digest[start : start + 4] + " " for start in range(0, len(digest), 4)]
 
 
-def _stream_chunks(body: Any) -> list[bytes]:
-    events = [{"object": "chunk", "choices": [{"index": 0, "text": word}]} for word in _words(body)]
-    return [*(b"data: " + json.dumps(event).encode() + b"\n\n" for event in events), b"data: [DONE]\n\n"]
+def _stream_chunks(body: Any, usage: dict[str, Any]) -> list[bytes]:
+    """As vLLM does it, the fingerprint is in the last event with a choice, or else in the one with the usage."""
+    words = _words(body)
+    finishes = [None] * (len(words) - 1) + ["stop"]
+    events: list[dict[str, Any]] = [
+        {"object": "chunk", "choices": [{"index": 0, "text": word, "finish_reason": finish}]}
+        for word, finish in zip(words, finishes, strict=True)
+    ]
+    if (body.get("stream_options") or {}).get("include_usage"):
+        events.append({"object": "chunk", "choices": [], "usage": usage})
+    events[-1]["system_fingerprint"] = "fake-1"
+    written = (json.dumps(event, separators=(",", ":")).encode() for event in events)
+    return [*(b"data: " + event + b"\n\n" for event in written), b"data: [DONE]\n\n"]
 
 
-def _whole_chunks(body: Any) -> list[bytes]:
-    answer = json.dumps({"object": "completion", "choices": [{"index": 0, "text": "".join(_words(body))}]}).encode()
+def _whole_chunks(body: Any, usage: dict[str, Any]) -> list[bytes]:
+    choices = [{"index": 0, "text": "".join(_words(body)), "finish_reason": "stop"}]
+    answer = json.dumps({"object": "completion", "choices": choices, "usage": usage}).encode()
     return [answer[:10], answer[10:]]

@@ -1,0 +1,82 @@
+"""Cuts a stream of server-sent events where its events end, whatever the boundaries of the chunks it arrives in. Pure.
+
+Nothing is lost or changed: the pieces put together are the stream. An event that is not whole yet is held back, up
+to `EVENT_BYTES`; a longer one is passed on in parts, as it comes.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Final
+
+EVENT_BYTES: Final = 64 << 10
+
+_EVENT_END = re.compile(rb"(?>\r\n|\n|\r)(?:\r\n|\n|\r(?=[^\n]))")
+"""A line end and an empty line. A carriage return that is the last byte so far may be half a line end: it waits."""
+
+_BEFORE_END: Final = 3
+"""How many bytes of an event's end may be here without its being known."""
+
+_LINE = re.compile(rb"\r\n|\n|\r")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """`whole`: an event with the empty line that ends it, of at most `EVENT_BYTES`.
+
+    Otherwise a part of one, or empty lines between two.
+    """
+
+    raw: bytes
+    whole: bool
+
+
+class Splitter:
+    """Takes chunks in, gives pieces out."""
+
+    def __init__(self) -> None:
+        self._held = b""
+        self._searched = 0
+        self._in_parts = False
+
+    @property
+    def between_events(self) -> bool:
+        """Whether the next byte begins an event."""
+        return not self._held and not self._in_parts
+
+    def feed(self, chunk: bytes) -> list[Piece]:
+        """What the chunk completes, in order."""
+        pieces: list[Piece] = []
+        buffer, begin = self._held + chunk, 0
+        if self.between_events:
+            begin = self._pass_empty_lines(buffer, 0, pieces)
+        while (end := _EVENT_END.search(buffer, max(begin, self._searched))) is not None:
+            whole = not self._in_parts and end.end() - begin <= EVENT_BYTES
+            pieces.append(Piece(buffer[begin : end.end()], whole))
+            self._searched, self._in_parts = 0, False
+            begin = self._pass_empty_lines(buffer, end.end(), pieces)
+        if self._in_parts or len(buffer) - begin > EVENT_BYTES:
+            pieces.append(Piece(buffer[begin:-_BEFORE_END], whole=False))
+            begin, self._in_parts = max(len(buffer) - _BEFORE_END, begin), True
+        self._held = buffer[begin:]
+        self._searched = max(len(self._held) - _BEFORE_END, 0)
+        return pieces
+
+    @staticmethod
+    def _pass_empty_lines(buffer: bytes, begin: int, pieces: list[Piece]) -> int:
+        end = begin
+        while end < len(buffer) and buffer[end] in b"\r\n":
+            end += 1
+        if end > begin:
+            pieces.append(Piece(buffer[begin:end], whole=False))
+        return end
+
+    def end(self) -> bytes:
+        """What is still held when the stream ends: an event that never became whole."""
+        held, self._held, self._searched = self._held, b"", 0
+        return held
+
+
+def data_of(event: bytes) -> bytes:
+    """The event's data: its `data` lines, put together as the standard says."""
+    lines = (line[5:] for line in _LINE.split(event) if line.startswith(b"data:"))
+    return b"\n".join(line.removeprefix(b" ") for line in lines)

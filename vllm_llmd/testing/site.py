@@ -1,0 +1,129 @@
+"""A router process, fake engines and a client, over real ZeroMQ and HTTP."""
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+import aiohttp
+
+from vllm_llmd.names import Epoch
+from vllm_llmd.testing.fake_engine import FakeEngine, FakeSettings
+
+DEADLINE_S: Final = 20.0
+
+CHAT: Final = "/v1/chat/completions"
+COMPLETIONS: Final = "/v1/completions"
+
+T = TypeVar("T")
+
+
+async def until(ask: Callable[[], Awaitable[T]], wanted: Callable[[T], bool]) -> T:
+    """Asks until the answer is the one wanted."""
+    give_up = time.monotonic() + DEADLINE_S
+    while True:
+        answer = await ask()
+        if wanted(answer):
+            return answer
+        assert time.monotonic() < give_up, f"still {answer!r}"
+        await asyncio.sleep(0.02)
+
+
+@dataclass
+class Router:
+    """One router process, which can be killed and started again on the same ports."""
+
+    log: Path
+    flags: tuple[str, ...]
+    process: subprocess.Popen[str] | None = None
+    http: str = ""
+    zmq: str = ""
+
+    async def start(self) -> None:
+        line = await asyncio.to_thread(self._spawn)
+        ports = json.loads(line)
+        self.http, self.zmq = ports["http"], ports["router"]
+
+    def _spawn(self) -> str:
+        again = ("--port", self.http.rpartition(":")[2], "--bind", self.zmq) if self.http else ()
+        command = [sys.executable, "-m", "vllm_llmd.router.main", "--port", "0", "--bind", "tcp://127.0.0.1:0"]
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [*command, *self.flags, *again],
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                env=os.environ | {"PYTHONSAFEPATH": "1"},
+            )
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            self.end(signal.SIGKILL)
+            raise AssertionError(self.log.read_text())
+        return line
+
+    def end(self, number: signal.Signals) -> int:
+        assert self.process is not None and self.process.stdout is not None
+        self.process.send_signal(number)
+        status = self.process.wait(timeout=DEADLINE_S)
+        self.process.stdout.close()
+        self.process = None
+        return status
+
+
+@dataclass
+class Site:
+    """A router, its engines and a client."""
+
+    router: Router
+    client: aiohttp.ClientSession
+    engines: list[FakeEngine] = field(default_factory=list)
+
+    async def engine(self, engine_id: str, epoch: int | None = None, **settings: Any) -> FakeEngine:
+        engine = FakeEngine(FakeSettings(engine_id, (self.router.zmq,), **settings))
+        if epoch is not None:
+            engine.epoch = Epoch(epoch)
+        self.engines.append(await engine.start())
+        return engine
+
+    async def ready(self, *engines: FakeEngine) -> None:
+        wanted = {(engine.settings.id, engine.epoch, "ready") for engine in engines}
+        await until(self.states, lambda states: wanted <= states)
+
+    async def states(self) -> set[tuple[str, int, str]]:
+        return {(engine["id"], engine["epoch"], engine["state"]) for engine in await self.admin_engines()}
+
+    async def admin_engines(self) -> list[dict[str, Any]]:
+        listed: list[dict[str, Any]] = (await self.get_json("/admin/engines"))["engines"]
+        return listed
+
+    async def get_json(self, path: str) -> Any:
+        async with self.client.get(self.router.http + path) as response:
+            return await response.json()
+
+    async def indexed(self, engine: FakeEngine) -> set[int]:
+        index = await self.get_json(f"/admin/index/{engine.settings.id}")
+        return {int(name) for name in index.get("names", ["-1"])}
+
+    async def index_equals_truth(self, engine: FakeEngine) -> None:
+        await until(lambda: self.indexed(engine), lambda names: names == engine.held)
+
+    def post(self, body: Any, path: str = CHAT, **more: Any) -> Any:
+        return self.client.post(self.router.http + path, json=body, **more)
+
+    async def metric(self, line: str) -> float:
+        async with self.client.get(self.router.http + "/metrics") as response:
+            found = [each.split()[-1] for each in (await response.text()).splitlines() if each.startswith(line + " ")]
+        return float(found[0]) if found else 0.0
+
+
+def chat(text: str, **more: Any) -> dict[str, Any]:
+    """The body of a chat of one turn."""
+    return {"model": "fake", "messages": [{"role": "user", "content": text}], **more}
