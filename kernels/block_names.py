@@ -4,6 +4,7 @@ vLLM's own hash is only a key here: it is not reproducible across processes in e
 same, compiled.
 """
 
+from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -12,6 +13,9 @@ import numpy as np
 from vllm_llmd.kernels.hash_chain import ROOT, Names, digest, salt_of, token_bytes
 from vllm_llmd.kernels.hash_chain_cpu import UNSALTED, chain_names
 from vllm_llmd.names import BlockName
+
+FORMER_KEPT = 10_000
+"""Names of blocks that left the GPU, for who tells of them later: that they are offloaded, say."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,20 @@ class NetChange:
     def __bool__(self) -> bool:
         return self.cleared or bool(self.removed) or bool(self.stored)
 
+    def store(self, name: BlockName) -> None:
+        """A block that was not there is."""
+        if name in self.removed:
+            self.removed.discard(name)
+        else:
+            self.stored.add(name)
+
+    def remove(self, name: BlockName) -> None:
+        """A block that was there is not."""
+        if name in self.stored:
+            self.stored.discard(name)
+        else:
+            self.removed.add(name)
+
 
 class BlockNamer:
     """Follows one engine's block pool.
@@ -61,6 +79,7 @@ class BlockNamer:
         self._block_size = block_size
         self._names: dict[Hashable, BlockName] = {}
         self._copies: dict[Hashable, int] = {}
+        self._former: OrderedDict[Hashable, BlockName] = OrderedDict()
         self.unnamed = 0
         """Blocks whose parent is unknown, so that they could not be named."""
 
@@ -69,8 +88,8 @@ class BlockNamer:
         return len(self._names)
 
     def name_of(self, block_hash: Hashable) -> BlockName | None:
-        """The name of a cached block, by vLLM's hash."""
-        return self._names.get(block_hash)
+        """The name of a cached block, by vLLM's hash; also of one that is gone since lately."""
+        return self._names.get(block_hash) or self._former.get(block_hash)
 
     def apply(self, events: Iterable[BlockEvent]) -> NetChange:
         """The net change of `events`, in order."""
@@ -82,6 +101,8 @@ class BlockNamer:
                 case Removed():
                     self._remove(event, change)
                 case Cleared():
+                    for block_hash, name in self._names.items():
+                        self._remember(block_hash, name)
                     self._names.clear()
                     self._copies.clear()
                     change = NetChange(cleared=True)
@@ -99,11 +120,13 @@ class BlockNamer:
         for block_hash, name in zip(event.hashes[first:], names, strict=True):
             if block_hash not in self._names:
                 self._names[block_hash] = name
-                if name in change.removed:
-                    change.removed.discard(name)
-                else:
-                    change.stored.add(name)
+                change.store(name)
             self._copies[block_hash] = self._copies.get(block_hash, 0) + 1
+
+    def _remember(self, block_hash: Hashable, name: BlockName) -> None:
+        self._former[block_hash] = name
+        if len(self._former) > FORMER_KEPT:
+            self._former.popitem(last=False)
 
     def _parent_of(self, event: Stored) -> tuple[BlockName | None, int]:
         """The parent's name, and the first block after it: further on in the event if the real parent is unknown."""
@@ -129,10 +152,8 @@ class BlockNamer:
             elif copies == 1:
                 del self._copies[block_hash]
                 name = self._names.pop(block_hash)
-                if name in change.stored:
-                    change.stored.discard(name)
-                else:
-                    change.removed.add(name)
+                self._remember(block_hash, name)
+                change.remove(name)
 
 
 def digests_of(salts: Sequence[Sequence[object] | None] | None, first: int) -> Names:

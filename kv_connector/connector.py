@@ -163,6 +163,11 @@ class LlmdConnector(KVConnectorBase_V1, SupportsHMA):
     def take_events(self) -> Iterable[Any]:
         return self._scheduling.take_events()
 
+    def reset_cache(self) -> bool:
+        """This connector keeps no cache of its own; one beside it may."""
+        self._scheduling.offloaded_cleared()
+        return True
+
     def has_pending_push_work(self) -> bool:
         return self._scheduling.keep_stepping
 
@@ -253,7 +258,8 @@ class LlmdConnector(KVConnectorBase_V1, SupportsHMA):
 
         MLA keeps vLLM's own choice: on CPU its kernel takes no other.
         """
-        return None if vllm_config.model_config.use_mla else "BLHNC"
+        settings = read_engine_settings(vllm_config.kv_transfer_config.kv_connector_extra_config)
+        return None if vllm_config.model_config.use_mla or settings.layout == "any" else settings.layout
 
     @classmethod
     def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:

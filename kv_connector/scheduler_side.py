@@ -8,11 +8,12 @@ from typing import Any
 
 from vllm_llmd.clock import MonotonicClock
 from vllm_llmd.kernels import hash_chain_cpu
-from vllm_llmd.kernels.block_names import BlockNamer
+from vllm_llmd.kernels.block_names import BlockNamer, NetChange
 from vllm_llmd.kv_connector.hints import read_hint
 from vllm_llmd.kv_connector.lifecycle import Outcome
 from vllm_llmd.kv_connector.link import EngineLink, LinkSettings
 from vllm_llmd.kv_connector.load import LoadCounter
+from vllm_llmd.kv_connector.offloaded_blocks import OffloadedBlocks
 from vllm_llmd.kv_connector.orders import OrderClient
 from vllm_llmd.kv_connector.own_ranks import OwnRanks, RankIntroduction
 from vllm_llmd.kv_connector.placing import OrderPolicy, Outside, Placing
@@ -27,12 +28,15 @@ from vllm_llmd.kv_connector.vllm_compat import (
     BlockPoolView,
     event_hashes,
     forget_arrivals,
+    forget_connector_events,
     on_arrival,
+    on_connector_events,
     to_block_events,
+    to_offloaded,
     waits_for_kv,
 )
 from vllm_llmd.kv_connector.vllm_facts import EngineFacts
-from vllm_llmd.names import BlockName, EngineId, RequestId
+from vllm_llmd.names import BlockName, EngineId, RequestId, Tier
 from vllm_llmd.settings import EngineSettings
 from vllm_llmd.wire import EngineInfo, Load
 
@@ -58,6 +62,7 @@ class SchedulerSide:
         self._clock = MonotonicClock()
         hash_chain_cpu.compile_ahead()
         self._namer = BlockNamer(facts.block_size)
+        self._offloaded = OffloadedBlocks(self._namer.name_of)
         self._load = LoadCounter()
         self._requests: dict[RequestId, Any] = {}
         self._prefilling: dict[RequestId, Any] = {}
@@ -114,6 +119,7 @@ class SchedulerSide:
         self._serving = Serving(policy, self._pool, self._pins, room, self._clock)
         self._serving.streaming = Streaming(settings.stream == "layers", len(facts.layers), facts.layer_bytes)
         self._wait_ms = WAIT_MS if on_arrival(self._nudge) else DEAF_WAIT_MS
+        on_connector_events(self._see_offloaded)
         self._link.start()
         logger.info("llmd engine %s (%s) at %s, workers %s", info.id, info.role, info.http, info.workers)
 
@@ -179,6 +185,7 @@ class SchedulerSide:
             self._counts.read(report)
         for request_id in received:
             self._load_ended(RequestId(request_id))
+        self._follow_pool()  # before vLLM takes the events of failed loads itself
         self._update_load()
 
     def _load_ended(self, request_id: RequestId) -> None:
@@ -229,6 +236,20 @@ class SchedulerSide:
         if change:
             self._link.publish(change.cleared, list(change.removed), list(change.stored))
 
+    def _see_offloaded(self, events: list[Any]) -> None:
+        """Block events of all connectors, after a step."""
+        told = to_offloaded(events, self._facts.naming_group)
+        if told:
+            self._publish_offloaded(self._offloaded.apply(told))
+
+    def offloaded_cleared(self) -> None:
+        """vLLM has had every connector forget what it keeps, and no event tells of it."""
+        self._publish_offloaded(self._offloaded.clear())
+
+    def _publish_offloaded(self, changes: Mapping[Tier, NetChange]) -> None:
+        for tier, change in changes.items():
+            self._link.publish(change.cleared, list(change.removed), list(change.stored), tier)
+
     def take_events(self) -> list[Any]:
         """Block events that vLLM's own publisher has not seen."""
         events, self._handed_on = self._handed_on, []
@@ -273,6 +294,7 @@ class SchedulerSide:
 
     def close(self) -> None:
         forget_arrivals(self._nudge)
+        forget_connector_events(self._see_offloaded)
         self._link.close()
         self._client.close()
         self._ranks.close()

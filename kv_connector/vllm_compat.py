@@ -18,7 +18,9 @@ from vllm.v1.request import RequestStatus
 from vllm_llmd.kernels.block_names import BlockEvent, Cleared, Removed, Stored
 from vllm_llmd.kv_connector.device_memory import tensor_view
 from vllm_llmd.kv_connector.layout import LayerView
+from vllm_llmd.kv_connector.offloaded_blocks import Dropped, Offloaded
 from vllm_llmd.kv_connector.vllm_facts import Layer
+from vllm_llmd.names import Tier
 
 try:
     from vllm.v1.metrics.cache_hit_source import CacheHitSource
@@ -154,6 +156,59 @@ def to_block_events(events: Iterable[Any], group: int) -> list[BlockEvent]:
             case AllBlocksCleared():
                 converted.append(Cleared())
     return converted
+
+
+_TIERS: Mapping[str, Tier] = {"CPU": "cpu", "STORAGE": "disk"}
+"""Where vLLM's events say that a block is, unless it is on the GPU."""
+
+
+def to_offloaded(events: Iterable[Any], group: int) -> list[Offloaded | Dropped]:
+    """What vLLM's events tell of other places than the GPU, about one KV cache group."""
+    converted: list[Offloaded | Dropped] = []
+    for event in events:
+        tier = _TIERS.get(getattr(event, "medium", None) or "")
+        if tier is None or (getattr(event, "group_idx", None) or 0) != group:
+            continue
+        match event:
+            case BlockStored(block_hashes=hashes):
+                converted.append(Offloaded(tier, tuple(hashes)))
+            case BlockRemoved(block_hashes=hashes):
+                converted.append(Dropped(tier, tuple(hashes)))
+    return converted
+
+
+_connector_event_listeners: list[Callable[[list[Any]], None]] = []
+
+
+def on_connector_events(listener: Callable[[list[Any]], None]) -> None:
+    """Call `listener` with the block events of all connectors whenever vLLM takes them, if there are several.
+
+    A connector that offloads tells vLLM of it after the step, and no other connector.
+    """
+    try:
+        from vllm.distributed.kv_transfer.kv_connector.v1.multi_connector import MultiConnector
+
+        _wrap(MultiConnector, "take_events", _telling_of_events)
+    except (ImportError, AttributeError):
+        logger.warning("this vLLM's MultiConnector is unknown to vllm-llmd: routers are not told of offloaded blocks")
+        return
+    _connector_event_listeners.append(listener)
+
+
+def _telling_of_events(theirs: Any) -> Any:
+    def take_events(self: Any) -> list[Any]:
+        events = list(theirs(self))
+        for tell in _connector_event_listeners:
+            tell(events)
+        return events
+
+    return take_events
+
+
+def forget_connector_events(listener: Callable[[list[Any]], None]) -> None:
+    """Undo `on_connector_events`."""
+    if listener in _connector_event_listeners:
+        _connector_event_listeners.remove(listener)
 
 
 def event_hashes(request: Any, count: int) -> list[Any]:

@@ -34,13 +34,17 @@ _TENSOR_PARALLEL_FLAGS = ("--tensor-parallel-size", "-tp")
 
 @dataclass(frozen=True, kw_only=True)
 class EngineSpec:
-    """One engine; `extra_config` goes into its `kv_connector_extra_config`."""
+    """One engine; `extra_config` goes into its `kv_connector_extra_config`.
+
+    `beside` are other connectors that it has beside ours, as vLLM's MultiConnector wants them described.
+    """
 
     id: str
     role: Role = "both"
     flags: tuple[str, ...] = ()
     extra_config: Mapping[str, Any] = field(default_factory=dict)
     env: Mapping[str, str] = field(default_factory=dict)
+    beside: tuple[Mapping[str, Any], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,17 +89,26 @@ def engines_by_role(prefill: int, decode: int, both: int) -> tuple[EngineSpec, .
 
 def engine_argv(spec: FleetSpec, engine: EngineSpec, port: int, router: str, gpus: int) -> list[str]:
     """The command line of one engine. Later flags win in vLLM: the engine's own over the fleet's over ours."""
-    transfer = {
+    ours = {
         "kv_connector": "LlmdConnector",
         "kv_role": "kv_both",
-        "engine_id": engine.id,
         "kv_load_failure_policy": "recompute",
         "kv_connector_extra_config": {"router": router, "role": engine.role, **engine.extra_config},
     }
+    transfer = {**_with_others(ours, engine.beside), "engine_id": engine.id}
     fixed = ["--model", str(spec.model), "--host", HOST, "--port", str(port)]
     fixed += ["--kv-transfer-config", json.dumps(transfer)]
     fixed += ["--enable-prompt-tokens-details"]  # what the router compares its predictions with
     return [*spec.engine_command, *fixed, *(() if gpus else CPU_FLAGS), *spec.engine_flags, *engine.flags]
+
+
+def _with_others(ours: Mapping[str, Any], beside: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """Ours comes first: of several that could load a prompt's KV, vLLM takes the first. Any layout suits it."""
+    if not beside:
+        return ours
+    ours = {**ours, "kv_connector_extra_config": {"layout": "any", **ours["kv_connector_extra_config"]}}
+    together = {"kv_connector": "MultiConnector", "kv_connector_extra_config": {"connectors": [ours, *beside]}}
+    return {**ours, **together}
 
 
 def engine_env(spec: FleetSpec, engine: EngineSpec, environ: Mapping[str, str], gpus: int) -> dict[str, str]:

@@ -44,6 +44,12 @@ class EngineSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     stream: Literal["chunks", "layers"] = "chunks"
     """How the last chunk of a prompt is announced to the engine that ordered it: when it is done, or layer by layer."""
 
+    layout: Literal["BLHNC", "any"] = "BLHNC"
+    """How vLLM lays the KV cache out: blocks outermost, which are fastest to read, or as it or another connector likes.
+
+    OffloadingConnector insists on layers outermost: beside it, `any` is needed.
+    """
+
     secret: str | None = None
     """Shared by the fleet: orders are signed with it, and unsigned ones refused. By default `VLLM_LLMD_SECRET`."""
 

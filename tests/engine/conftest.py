@@ -14,7 +14,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ MODEL = Path(os.environ.get("LLMD_TEST_MODEL", MODELS / "tiny"))
 DTYPE = os.environ.get("LLMD_TEST_DTYPE", "float32")
 BLOCK = 32
 LEASE_MS = 2000
+OFFLOADED_BYTES = 8 << 20
 DEADLINE_S = 60.0
 PROM_LINE = re.compile(r"^vllm:llmd_(\w+?)_total\{(.*)\} (\S+)$", re.MULTILINE)
 
@@ -166,6 +167,11 @@ class Lab:
 
     def index(self, engine_id: str) -> set[int]:
         return {int(name) for name in json.loads(self.router.get(f"/admin/index/{engine_id}"))["names"]}
+
+    def offloaded(self, engine_id: str) -> dict[str, set[int]]:
+        """Names in the index by tier, but for the GPU's."""
+        tiers = json.loads(self.router.get(f"/admin/index/{engine_id}"))["offloaded"]
+        return {tier: set(map(int, names)) for tier, names in tiers.items()}
 
     def until(self, what: Callable[[], bool], why: str) -> None:
         deadline = time.monotonic() + DEADLINE_S
@@ -302,7 +308,26 @@ def latent_fleet(directory: Path, collector: Collector) -> dict[str, Any]:
     }
 
 
-FLEETS = {"lab": main_fleet, "cuts": cuts_fleet, "windows": windows_fleet, "latent": latent_fleet}
+def tiers_fleet(directory: Path, collector: Collector) -> dict[str, Any]:
+    """An engine with little room that offloads blocks to other memory, which has not much more."""
+    offloading = {
+        "kv_connector": "OffloadingConnector",
+        "kv_role": "kv_both",
+        "kv_connector_extra_config": {
+            "spec_name": "HostOffloadingSpec",
+            "spec_module_path": "vllm_llmd.testing.offloading",
+            "cpu_bytes_to_use": OFFLOADED_BYTES,
+        },
+    }
+    little = engine(
+        "little",
+        *("--max-model-len", "2048", "--num-gpu-blocks-override", "65", "--enable-prompt-tokens-details"),
+        *("--kv-events-config", '{"enable_kv_cache_events":true,"publisher":"null"}'),
+    )
+    return {"model": MODELS / "tiny", "engines": (replace(little, beside=(offloading,)), engine("large"))}
+
+
+FLEETS = {"lab": main_fleet, "cuts": cuts_fleet, "windows": windows_fleet, "latent": latent_fleet, "tiers": tiers_fleet}
 """By the name of the fixture that gives it."""
 
 
@@ -372,6 +397,11 @@ def windows(labs: Labs) -> Lab:
 @pytest.fixture
 def latent(labs: Labs) -> Lab:
     return labs.open("latent")
+
+
+@pytest.fixture
+def tiers(labs: Labs) -> Lab:
+    return labs.open("tiers")
 
 
 @pytest.fixture(autouse=True)

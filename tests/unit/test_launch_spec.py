@@ -51,6 +51,17 @@ def test_an_engine_is_told_of_router_role_and_its_own_extra_config(model: Path) 
     assert argv[argv.index("--model") + 1] == str(model)
 
 
+def test_connectors_beside_ours_come_after_it_in_any_layout(model: Path) -> None:
+    other = {"kv_connector": "OffloadingConnector", "kv_role": "kv_both"}
+    engine = EngineSpec(id="a", beside=(other,))
+    argv = engine_argv(fleet(model, engine), engine, 7, ROUTER, gpus=0)
+    transfer = json.loads(argv[argv.index("--kv-transfer-config") + 1])
+    assert (transfer["kv_connector"], transfer["engine_id"]) == ("MultiConnector", "a")
+    ours, beside = transfer["kv_connector_extra_config"]["connectors"]
+    assert (ours["kv_connector"], ours["kv_connector_extra_config"]["layout"]) == ("LlmdConnector", "any")
+    assert beside == other
+
+
 def test_the_engines_flags_follow_the_fleets_which_follow_the_defaults(model: Path) -> None:
     engine = EngineSpec(id="a", flags=("--block-size", "96"))
     spec = fleet(model, engine, engine_flags=("--block-size", "64"))

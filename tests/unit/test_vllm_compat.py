@@ -15,11 +15,12 @@ with warnings.catch_warnings():
     base = pytest.importorskip("vllm.distributed.kv_transfer.kv_connector.v1.base")
     from vllm_llmd.kv_connector import vllm_compat
     from vllm_llmd.kv_connector.connector import LlmdConnector
-    from vllm_llmd.kv_connector.vllm_compat import BlockPoolView, to_block_events
+    from vllm_llmd.kv_connector.vllm_compat import BlockPoolView, to_block_events, to_offloaded
     from vllm_llmd.kv_connector.worker_side import Results
 
 from vllm_llmd.kernels.block_names import Cleared, Removed, Stored
 from vllm_llmd.kv_connector.addresses import own_host, own_http
+from vllm_llmd.kv_connector.offloaded_blocks import Dropped, Offloaded
 from vllm_llmd.names import RequestId
 from vllm_llmd.settings import EngineSettings
 
@@ -67,6 +68,35 @@ def test_vllms_events_become_ours() -> None:
         Removed((1,)),
         Cleared(),
     ]
+
+
+def test_only_what_is_told_of_other_memory_counts_as_offloaded() -> None:
+    def stored(medium: str | None, *hashes: int, group: int | None = None) -> Any:
+        return events.BlockStored(
+            block_hashes=list(hashes), parent_block_hash=None, token_ids=[], block_size=0, lora_id=None, medium=medium,
+            lora_name=None, group_idx=group,
+        )  # fmt: skip
+
+    told = [stored("GPU", 1), stored(None, 2), stored("CPU", 3, 4), stored("CPU", 5, group=1), stored("STORAGE", 6)]
+    told += [events.BlockRemoved(block_hashes=[3], medium="CPU"), events.AllBlocksCleared()]
+    assert to_offloaded([*told, stored("MARS", 7)], group=0) == [
+        Offloaded("cpu", (3, 4)),
+        Offloaded("disk", (6,)),
+        Dropped("cpu", (3,)),
+    ]
+
+
+def test_what_connectors_tell_together_is_heard_and_passed_on() -> None:
+    multi = pytest.importorskip("vllm.distributed.kv_transfer.kv_connector.v1.multi_connector").MultiConnector
+    heard: list[list[Any]] = []
+    vllm_compat.on_connector_events(heard.append)
+    try:
+        together = multi.__new__(multi)
+        together._connectors = [SimpleNamespace(take_events=lambda: ["a"]), SimpleNamespace(take_events=lambda: ["b"])]
+        assert list(together.take_events()) == ["a", "b"]
+        assert heard == [["a", "b"]]
+    finally:
+        vllm_compat.forget_connector_events(heard.append)
 
 
 def test_loading_the_plugin_is_light_and_may_happen_twice() -> None:
