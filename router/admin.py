@@ -15,6 +15,8 @@ from vllm_llmd.router.observe import Metrics
 
 GUARDED = ("/v1/", "/admin/")
 
+CANNOT_BE_VERIFIED: Final = "A stock engine publishes changes, but cannot be asked what it holds."
+
 VERIFY_POLLS: Final = 200
 VERIFY_POLL_S: Final = 0.02
 
@@ -47,16 +49,19 @@ class Admin:
 
     async def _index(self, http: web.Request) -> web.Response:
         engine = EngineId(http.match_info["engine"])
-        cursor = self._fleet.cursor(engine)
-        if cursor is None:
+        cursor, is_stock = self._fleet.cursor(engine), self._fleet.is_stock(engine)
+        if cursor is None and not is_stock:
             return replies.error(404, f"There is no engine {engine}.", "engine_not_found")
         gpu, *lower = TIERS
         offloaded = {tier: self._names(engine, tier) for tier in lower}
-        shown = {"seq": cursor.seq, "exact": cursor.exact, "names": self._names(engine, gpu)}
+        standing = {"stock": True} if cursor is None else {"seq": cursor.seq, "exact": cursor.exact}
+        shown = standing | {"names": self._names(engine, gpu)}
         return web.json_response(shown | {"offloaded": {tier: names for tier, names in offloaded.items() if names}})
 
     async def _verify(self, http: web.Request) -> web.Response:
         engine = EngineId(http.match_info["engine"])
+        if self._fleet.is_stock(engine):
+            return replies.error(409, CANNOT_BE_VERIFIED, "cannot_be_verified")
         if self._fleet.cursor(engine) is None:
             return replies.error(404, f"There is no engine {engine}.", "engine_not_found")
         self._fleet.verify(engine)
@@ -87,6 +92,7 @@ class Admin:
         return {
             "id": info.id,
             "role": info.role,
+            "stock": engine.stock is not None,
             "state": engine.state.value,
             "epoch": info.epoch,
             "http": info.http,

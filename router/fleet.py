@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 
 from vllm_llmd import wire
@@ -15,12 +16,13 @@ from vllm_llmd.clock import Clock
 from vllm_llmd.errors import MalformedMessageError
 from vllm_llmd.kernels.hash_chain import Names, digest, salt_of
 from vllm_llmd.kernels.hash_chain_cpu import UNSALTED, chain_names
+from vllm_llmd.kernels.kv_events_plain import Change
 from vllm_llmd.names import TIERS, EngineId
 from vllm_llmd.router import costs, text_index
 from vllm_llmd.router.candidates import Candidates, Places, Roster, is_base
 from vllm_llmd.router.cursor import Cursor, Outcome
 from vllm_llmd.router.decide import Decision
-from vllm_llmd.router.membership import Membership, Placed, State
+from vllm_llmd.router.membership import Membership, Placed, State, Stock
 from vllm_llmd.router.prefix_index import Difference, PrefixIndex, unpacked, unpacked_tiers
 from vllm_llmd.router.request import Facts
 from vllm_llmd.router.settings import RouterSettings
@@ -92,11 +94,12 @@ class Fleet:
         for engine in self.membership.tick(now_ms):
             self._forget(engine)
         replies = []
-        for known in self.membership.all():
-            if known.state is not State.STALE:
-                replies += self._act(known.info.id, self._cursors[known.info.id].tick(now_ms))
-            if known.info.id in self._unverified:
-                replies += self._act(known.info.id, self._cursors[known.info.id].verify())
+        for engine, cursor in self._cursors.items():
+            known = self.membership.get(engine)
+            if known is not None and known.state is not State.STALE:
+                replies += self._act(engine, cursor.tick(now_ms))
+            if engine in self._unverified:
+                replies += self._act(engine, cursor.verify())
         self._unverified.clear()
         return [*replies, *self._resync_suspects(now_ms)]
 
@@ -122,6 +125,8 @@ class Fleet:
             return [Reply(sender, wire.Refused(f"block_size must be at least 1; got {info.block_size}"))]
         if self.membership.standing(info.id, info.epoch) == "former":
             return [Reply(sender, _refuse_former(info.id))]
+        if self.is_stock(info.id):
+            return [Reply(sender, wire.Refused(f"{info.id} is the id of a stock engine: give this one another"))]
         self._senders[info.id] = sender
         replies = [Reply(sender, wire.Welcome(self._life, self._settings.heartbeat_ms))]
         if self.membership.join(info, now_ms):
@@ -186,7 +191,48 @@ class Fleet:
         self.index.forget_engine(engine)
         self.truth.left(engine)
         self._verdicts.pop(engine, None)
-        del self._cursors[engine], self._senders[engine]
+        self._cursors.pop(engine, None)
+        self._senders.pop(engine, None)
+
+    # --- stock engines ------------------------------------------------------------------------------------------
+
+    def is_stock(self, engine: EngineId) -> bool:
+        """Whether it is a member without a link."""
+        known = self.membership.get(engine)
+        return known is not None and known.stock is not None
+
+    def join_stock(self, info: wire.EngineInfo, stock: Stock) -> bool:
+        """What is known of a stock engine now. True if this is a new life, of which nothing is indexed yet."""
+        if info.id in self._cursors or not self.membership.join(info, self._clock.now_ms(), stock):
+            return False
+        self.index.clear_engine(info.id)
+        return True
+
+    def heard_of_stock(self, engine: EngineId, load: wire.Load | None) -> bool:
+        """It has answered, and takes requests: nothing says when its part of the index is exact. True if it was stale.
+
+        `load` is None where it did not tell.
+        """
+        if not self.is_stock(engine):
+            return False
+        now_ms = self._clock.now_ms()
+        was_stale = self.membership.heard(engine, now_ms)
+        self.membership.index_exact(engine)
+        if load is not None:
+            self.membership.reported(engine, load, now_ms)
+        return was_stale
+
+    def stock_changed(self, engine: EngineId, change: Change, block_size: int | None) -> None:
+        """Its events say so. `block_size` is None until they have told it."""
+        known = self.membership.get(engine)
+        if known is None or known.stock is None:
+            return
+        if block_size is not None and block_size != known.info.block_size:
+            info = msgspec.structs.replace(known.info, block_size=block_size)
+            self.membership.join(info, known.heard_ms, known.stock)
+        if change.cleared:
+            self.index.clear_engine(engine)
+        self.index.apply(engine, change.removed, change.stored)
 
     # --- requests -----------------------------------------------------------------------------------------------
 

@@ -214,14 +214,19 @@ async def _break_off(http: web.Request, response: web.StreamResponse, answer: An
 def _attempt_at(
     engine: Engine, call: Call, decision: Decision, asking: tuple[bytes, Mapping[str, Any]] | None
 ) -> Attempt:
-    hint = {"request": call.id} | ({} if decision.source is None else {"source": decision.source})
+    """What an engine is sent. One without our plugin gets no hint: it would not understand it."""
     raw, body = asking or (call.raw, call.body)
+    if engine.stock is None:
+        hint = {"request": call.id} | ({} if decision.source is None else {"source": decision.source})
+        sent = rewrite.with_hint(raw, body, {"llmd": hint})
+    else:
+        sent = rewrite.without_hint(raw, body)
     headers = rewrite.request_headers(call.http.headers.items(), call.id)
-    return Attempt(
-        url=engine.info.http.rstrip("/") + call.http.path,
-        headers=headers if asking is None else rewrite.uncompressed(headers),
-        body=rewrite.with_hint(raw, body, {"llmd": hint}),
-    )
+    if asking is not None:
+        headers = rewrite.uncompressed(headers)
+    if engine.stock is not None and engine.stock.rank is not None:
+        headers = rewrite.for_rank(headers, engine.stock.rank)
+    return Attempt(engine.info.http.rstrip("/") + call.http.path, headers, sent)
 
 
 def _response(answer: Answer, meter: Meter) -> web.StreamResponse:

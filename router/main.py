@@ -11,19 +11,23 @@ import logging
 import secrets
 import signal
 import sys
+from collections.abc import Coroutine
+from typing import Any
 
 import uvloop
 from aiohttp import web
 
 from vllm_llmd.clock import MonotonicClock
 from vllm_llmd.errors import ConfigError
-from vllm_llmd.kernels import hash_chain_cpu, prefix_table_cpu, text_table_cpu
+from vllm_llmd.kernels import hash_chain_cpu, kv_events_cpu, prefix_table_cpu, text_table_cpu
 from vllm_llmd.router.admin import Admin, bearer_guard
 from vllm_llmd.router.fleet import Fleet
 from vllm_llmd.router.front import Front, in_openai_shape
 from vllm_llmd.router.ingest import Ingest
 from vllm_llmd.router.observe import Metrics
 from vllm_llmd.router.settings import RouterSettings, add_arguments, from_args
+from vllm_llmd.router.stock_fleet import StockFleet
+from vllm_llmd.router.stock_observe import StockCollector
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +47,7 @@ async def serve(settings: RouterSettings) -> int:
     fleet = Fleet(settings, clock, life)
     metrics = Metrics(fleet)
     ingest = Ingest(fleet, metrics, settings.bind)
+    stock = _stock(settings, fleet, metrics)
     runner = web.AppRunner(
         _application(settings, fleet, metrics, life),
         handler_cancellation=True,  # a client that goes away must stop the engine's work
@@ -54,11 +59,22 @@ async def serve(settings: RouterSettings) -> int:
         sys.stdout.write(json.dumps({"http": http, "router": ingest.endpoint}) + "\n")
         sys.stdout.flush()
         log.info("router %s: serving %s, engines connect to %s", life, http, ingest.endpoint)
-        return await _until_told_to_stop(ingest)
+        return await _until_told_to_stop(ingest.run(), *([] if stock is None else [stock.run()]))
     finally:
         await runner.cleanup()
         ingest.close()
+        if stock is not None:
+            stock.close()
         log.info("router %s: stopped", life)
+
+
+def _stock(settings: RouterSettings, fleet: Fleet, metrics: Metrics) -> StockFleet | None:
+    if not settings.stock_engine:
+        return None
+    kv_events_cpu.compile_ahead()
+    stock = StockFleet(settings, fleet, MonotonicClock())
+    metrics.add(StockCollector(stock))
+    return stock
 
 
 def _application(settings: RouterSettings, fleet: Fleet, metrics: Metrics, life: str) -> web.Application:
@@ -80,21 +96,22 @@ async def _listen(runner: web.AppRunner, settings: RouterSettings) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-async def _until_told_to_stop(ingest: Ingest) -> int:
-    """Ends when a signal comes, or when the link to the engines fails, which no router survives."""
+async def _until_told_to_stop(*jobs: Coroutine[Any, Any, None]) -> int:
+    """Ends when a signal comes, or when a link to engines fails, which no router survives."""
     told = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, told.set)
-    receiving = asyncio.create_task(ingest.run())
+    receiving = [asyncio.create_task(job) for job in jobs]
     waiting = asyncio.create_task(told.wait())
-    await asyncio.wait((receiving, waiting), return_when=asyncio.FIRST_COMPLETED)
-    failed = receiving.done()
-    if failed:
-        log.error("the link to the engines has failed", exc_info=receiving.exception())
-    for task in (receiving, waiting):
+    await asyncio.wait([*receiving, waiting], return_when=asyncio.FIRST_COMPLETED)
+    failed = [task for task in receiving if task.done()]
+    for task in failed:
+        log.error("a link to the engines has failed", exc_info=task.exception())
+    waiting.cancel()
+    for task in receiving:
         task.cancel()
-    await asyncio.gather(receiving, waiting, return_exceptions=True)
+    await asyncio.gather(*receiving, waiting, return_exceptions=True)
     return 1 if failed else 0
 
 

@@ -53,9 +53,16 @@ class Placed:
     prefill_tokens: int
 
 
+@dataclass(frozen=True)
+class Stock:
+    """An engine without our plugin. `rank` is its data-parallel rank, where one address serves several."""
+
+    rank: int | None
+
+
 @dataclass
 class Engine:
-    """One engine's current life."""
+    """One engine's current life. `stock` is None where it has our plugin, and with it a link to us."""
 
     info: EngineInfo
     state: State
@@ -63,6 +70,7 @@ class Engine:
     load: Load = field(default_factory=Load)
     load_at_ms: float = 0.0
     unreported: dict[str, Placed] = field(default_factory=dict)
+    stock: Stock | None = None
     requests_ahead: int = 0
     tokens_ahead: int = 0
     """Requests, and prompt tokens to prefill, that it has to do, including what it has not reported yet."""
@@ -117,8 +125,8 @@ class Membership:
         return [engine for engine in self._engines.values() if engine.state is State.READY]
 
     def infos(self) -> list[EngineInfo]:
-        """The list to publish: every engine that is not gone."""
-        return [engine.info for engine in self._engines.values()]
+        """The list to publish: every engine with a link that is not gone."""
+        return [engine.info for engine in self._engines.values() if engine.stock is None]
 
     def standing(self, engine: EngineId, epoch: Epoch) -> Standing:
         """Whether messages of this life are to be believed. Former only counts while the current life is heard of:
@@ -131,8 +139,11 @@ class Membership:
             return "current"
         return "former" if known.state is not State.STALE and epoch in self._former[engine] else "unknown"
 
-    def join(self, info: EngineInfo, now_ms: float) -> bool:
-        """Takes a Hello of a current or unknown life in. True if this is a new life (its index starts empty)."""
+    def join(self, info: EngineInfo, now_ms: float, stock: Stock | None = None) -> bool:
+        """Takes a Hello of a current or unknown life in, or whatever else says who an engine is.
+
+        True if this is a new life (its index starts empty).
+        """
         known = self._engines.get(info.id)
         if known is not None and known.info.epoch == info.epoch:
             known.heard_ms = now_ms
@@ -144,7 +155,7 @@ class Membership:
         former = self._former.setdefault(info.id, deque(maxlen=FORMER_EPOCHS_KEPT))
         if known is not None:
             former.append(known.info.epoch)
-        self._engines[info.id] = Engine(info, State.JOINING, now_ms)
+        self._engines[info.id] = Engine(info, State.JOINING, now_ms, stock=stock)
         self.changed = True
         self.version += 1
         return True

@@ -124,6 +124,10 @@ class Metrics:
             "vllm_llmd_wire_errors", "Messages that could not be used", ["kind"], registry=self._registry
         )
 
+    def add(self, collector: Collector) -> None:
+        """Exposes more."""
+        self._registry.register(collector)
+
     def exposition(self) -> bytes:
         """Everything in Prometheus's text format."""
         return generate_latest(self._registry)

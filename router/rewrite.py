@@ -9,6 +9,7 @@ from typing import Any, Final
 
 HINT_KEY: Final = "kv_transfer_params"
 STREAM_OPTIONS: Final = "stream_options"
+RANK_HEADER: Final = "X-data-parallel-rank"
 
 _XARGS: Final = "vllm_xargs"
 """Where vLLM takes the key from, too."""
@@ -40,7 +41,7 @@ Headers = list[tuple[str, str]]
 
 def with_hint(raw: bytes, body: Mapping[str, Any], hint: Mapping[str, Any]) -> bytes:
     """The body to send on. `body` is `raw` parsed; the bytes stay as they are unless the client named the key."""
-    if HINT_KEY in body or (_XARGS in body and _SPELT_OUT.search(raw)):
+    if _names_the_key(raw, body):
         return json.dumps({**_stripped(body), HINT_KEY: hint}).encode()
     return _with_member(raw, body, HINT_KEY, hint)
 
@@ -74,11 +75,24 @@ def unsized(headers: Headers) -> Headers:
     return [(name, value) for name, value in headers if name.lower() != "content-length"]
 
 
+def without_hint(raw: bytes, body: Mapping[str, Any]) -> bytes:
+    """The body for an engine that knows no hints: the client's bytes, unless they name the key."""
+    if _names_the_key(raw, body):
+        return json.dumps(_stripped(body)).encode()
+    return raw
+
+
 def request_headers(headers: Iterable[tuple[str, str]], request: str) -> Headers:
     """The client's headers that an engine may see, and the router's id of the request."""
     kept = _without_hop_by_hop(headers)
     passed = [(name, value) for name, value in kept if not _is_withheld(name.lower())]
     return [*passed, ("X-Request-Id", request)]
+
+
+def for_rank(headers: Headers, rank: int) -> Headers:
+    """The headers that send a request to one data-parallel rank, whichever the client had in mind."""
+    others = [(name, value) for name, value in headers if name.lower() != RANK_HEADER.lower()]
+    return [*others, (RANK_HEADER, str(rank))]
 
 
 def response_headers(headers: Iterable[tuple[str, str]]) -> Headers:
@@ -93,6 +107,10 @@ def _with_member(raw: bytes, body: Mapping[str, Any], key: str, value: Any) -> b
         end -= 1
     comma = b"," if body else b""
     return b"".join((memoryview(raw)[:end], comma, f'"{key}":{json.dumps(value)}}}'.encode()))
+
+
+def _names_the_key(raw: bytes, body: Mapping[str, Any]) -> bool:
+    return HINT_KEY in body or (_XARGS in body and _SPELT_OUT.search(raw) is not None)
 
 
 def _stripped(body: Mapping[str, Any]) -> dict[str, Any]:

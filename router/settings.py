@@ -7,6 +7,8 @@ from collections.abc import Mapping
 import msgspec
 
 from vllm_llmd.errors import ConfigError
+from vllm_llmd.router import stock_settings
+from vllm_llmd.router.stock_settings import StockEngine
 
 API_KEY_VARIABLE = "VLLM_LLMD_API_KEY"
 
@@ -39,6 +41,7 @@ class RouterSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     text_chunks: int = 200_000
     index_blocks: int = 4_000_000
     api_key: str | None = None
+    stock_engine: tuple[StockEngine, ...] | None = None
 
     def __post_init__(self) -> None:
         for name in _AT_LEAST_1:
@@ -54,6 +57,9 @@ class RouterSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             raise ConfigError(
                 f"gone_after_ms must be more than stale_after_ms ({self.stale_after_ms}); got {self.gone_after_ms}"
             )
+        ids = [rank.id for engine in self.stock_engine or () for rank in stock_settings.ranks(engine)]
+        for engine in {each for each in ids if ids.count(each) > 1}:
+            raise ConfigError(f"stock_engine has two engines called {engine}: give each an id of its own")
 
 
 _FLAGS: Mapping[str, str] = {
@@ -72,7 +78,11 @@ _FLAGS: Mapping[str, str] = {
     "text_chunks": "entries kept in the text index, about 150 bytes of memory each",
     "index_blocks": "different blocks that each 64 engines may hold in a tier, up to 40 bytes of memory each",
     "api_key": f"clients must send it as bearer token; also read from {API_KEY_VARIABLE}",
+    "stock_engine": "an engine without our plugin, as http=URL,events=tcp://HOST:PORT; may be repeated",
 }
+
+
+_REPEATED = ("stock_engine",)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -80,11 +90,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for setting in msgspec.structs.fields(RouterSettings):
         kind = int if setting.type is int else str
         text = _FLAGS[setting.name] + ("" if setting.default is None else " (default: %(default)s)")
-        parser.add_argument("--" + setting.name.replace("_", "-"), type=kind, default=setting.default, help=text)
+        flag, action = "--" + setting.name.replace("_", "-"), "append" if setting.name in _REPEATED else "store"
+        parser.add_argument(flag, type=kind, default=setting.default, help=text, action=action)
 
 
 def from_args(args: argparse.Namespace, environ: Mapping[str, str] = os.environ) -> RouterSettings:
     """The settings that parsed flags give. Raises ConfigError for one out of range."""
     values = {name: getattr(args, name) for name in _FLAGS}
+    values["stock_engine"] = tuple(map(stock_settings.parse, values["stock_engine"] or ())) or None
     values["api_key"] = values["api_key"] or environ.get(API_KEY_VARIABLE) or None
     return RouterSettings(**values)

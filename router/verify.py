@@ -17,15 +17,23 @@ TIMEOUT_S = 30.0
 
 
 class VerifyError(LlmdError):
-    """The router could not be asked, or its index differs from what engines hold."""
+    """The router could not be asked, or its index differs from what engines hold. `code` is the router's, if any."""
+
+    def __init__(self, text: str, code: str | None = None) -> None:
+        super().__init__(text)
+        self.code = code
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Of one engine: `trouble` if it could not be verified, else its blocks and how far the index is off."""
+    """Of one engine: `trouble` if it could not be verified, else its blocks and how far the index is off.
+
+    `unverifiable` if there is no way to, which is nobody's fault.
+    """
 
     engine: str
     trouble: str | None = None
+    unverifiable: bool = False
     blocks: int = 0
     missing: int = 0
     extra: int = 0
@@ -55,7 +63,7 @@ def run(args: argparse.Namespace, say: Callable[[str], None]) -> int:
         say(finding.line())
     if not findings:
         raise VerifyError(f"the router at {args.router} knows no engine")
-    wrong = [finding.engine for finding in findings if not finding.exact]
+    wrong = [finding.engine for finding in findings if not finding.exact and not finding.unverifiable]
     if wrong:
         raise VerifyError(f"the index is not exact for {', '.join(wrong)}")
     return 0
@@ -77,13 +85,13 @@ async def _finding(session: aiohttp.ClientSession, router: str, engine: str) -> 
     try:
         found = await _json(session, "POST", f"{router}/admin/index/{engine}/verify")
     except VerifyError as error:
-        return Finding(engine, trouble=str(error))
-    return Finding(engine, None, found["blocks"], found["missing"], found["extra"])
+        return Finding(engine, trouble=str(error), unverifiable=error.code == "cannot_be_verified")
+    return Finding(engine, None, False, found["blocks"], found["missing"], found["extra"])
 
 
 async def _json(session: aiohttp.ClientSession, method: str, url: str) -> Any:
     async with session.request(method, url) as response:
         answer = await response.json()
         if response.status != HTTPStatus.OK:
-            raise VerifyError(answer["error"]["message"])
+            raise VerifyError(answer["error"]["message"], answer["error"].get("code"))
         return answer
