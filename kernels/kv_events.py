@@ -1,7 +1,7 @@
 """The KV events that vLLM, SGLang and others publish, decoded: one msgpack payload -> what it says of which blocks.
 
-A payload is an array of a time, the events and what later releases add. An event is a map with its kind under `type`,
-or an array that begins with its kind. Fields have been added over time and are all optional here but the first ones.
+A payload is an array of a time, the events and more, or a map. An event is a map with its kind under `type`, or an array
+that begins with its kind. Fields have been added over time and are all optional here but the first ones.
 `kv_events_cpu` reads the common shapes, compiled; this is the reference, and reads the rest.
 """
 
@@ -70,10 +70,15 @@ def decode(payload: bytes) -> Decoded:
         batch = _decoder.decode(payload)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise MalformedMessageError(f"not msgpack: {error}") from None
-    if not isinstance(batch, list) or len(batch) < 2 or not isinstance(batch[1], list):
-        raise MalformedMessageError("a batch of KV events is an array of a time and the events")
-    events = [_reported(raw) for raw in batch[1]]
+    listed = batch.get("events") if isinstance(batch, dict) else batch[1] if _is_array_of(2, batch) else None
+    if not isinstance(listed, list):
+        raise MalformedMessageError("a batch of KV events is an array of a time and the events, or a map with `events`")
+    events = [_reported(raw) for raw in listed]
     return Decoded(tuple(event for event in events if event is not None), events.count(None))
+
+
+def _is_array_of(least: int, value: Any) -> bool:
+    return isinstance(value, list) and len(value) >= least
 
 
 def _reported(raw: Any) -> Reported | None:

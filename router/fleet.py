@@ -66,6 +66,7 @@ class Fleet:
         """Blocks that the index was off by when a snapshot healed it, since start."""
         self._verdicts: dict[EngineId, Verdict] = {}
         self._unverified: set[EngineId] = set()
+        self._stock_suspects: set[EngineId] = set()
         self._rosters: dict[str | None, tuple[Roster, Places]] = {}
         self._rosters_version = 0
         self.membership = Membership(settings.stale_after_ms, settings.gone_after_ms)
@@ -106,6 +107,7 @@ class Fleet:
     def _resync_suspects(self, now_ms: float) -> list[Reply]:
         self.truth.tick(now_ms)
         suspects, self.truth.to_resync = self.truth.to_resync, set()
+        self._stock_suspects |= {engine for engine in suspects if self.is_stock(engine)}
         replies = []
         for engine in suspects & self._cursors.keys():
             replies += self._act(engine, self._cursors[engine].lose("predictions wrong", now_ms))
@@ -190,6 +192,7 @@ class Fleet:
     def _forget(self, engine: EngineId) -> None:
         self.index.forget_engine(engine)
         self.truth.left(engine)
+        self._stock_suspects.discard(engine)
         self._verdicts.pop(engine, None)
         self._cursors.pop(engine, None)
         self._senders.pop(engine, None)
@@ -206,7 +209,14 @@ class Fleet:
         if info.id in self._cursors or not self.membership.join(info, self._clock.now_ms(), stock):
             return False
         self.index.clear_engine(info.id)
+        self.truth.joined(info.id, info.epoch)
         return True
+
+    def take_stock_suspect(self, engine: EngineId) -> bool:
+        """Whether its events are to be followed from an empty cache on, since predictions from them are wrong."""
+        suspect = engine in self._stock_suspects
+        self._stock_suspects.discard(engine)
+        return suspect
 
     def heard_of_stock(self, engine: EngineId, load: wire.Load | None) -> bool:
         """It has answered, and takes requests: nothing says when its part of the index is exact. True if it was stale.
@@ -232,6 +242,7 @@ class Fleet:
             self.membership.join(info, known.heard_ms, known.stock)
         if change.cleared:
             self.index.clear_engine(engine)
+            self.truth.resynced(engine)
         self.index.apply(engine, change.removed, change.stored)
 
     # --- requests -----------------------------------------------------------------------------------------------
@@ -272,7 +283,7 @@ class Fleet:
         """What the index claims of the decision's destination. None if what the engine finds says nothing of that."""
         engine = self.membership.get(decision.destination)
         cursor, standing = self._cursors.get(decision.destination), self.truth.standing(decision.destination)
-        if engine is None or cursor is None or standing is None or not cursor.exact:
+        if engine is None or standing is None or (cursor is not None and not cursor.exact):
             return None
         if decision.source is not None or facts.prompts != 1:  # a source's KV counts as cached
             return None

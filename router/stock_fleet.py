@@ -78,8 +78,9 @@ class StockFleet:
                 self._events.follow(rank)
             load = None if report.scrape is None else report.scrape.load(rank.number)
             was_stale = self._fleet.heard_of_stock(rank.id, load)
-            if was_stale and rank.id not in self._started_s:
-                self._events.follow(rank)  # it may be another life, and does not say
+            may_be_another_life = was_stale and rank.id not in self._started_s
+            if self._fleet.take_stock_suspect(rank.id) or may_be_another_life:
+                self._events.follow(rank)
 
     def _failed(self, engine: StockEngine, what: str) -> None:
         self.polls_failed[engine.http, what] += 1

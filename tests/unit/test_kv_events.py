@@ -21,10 +21,10 @@ NAMES = chain_names(TOKENS, 4)
 SALTED = chain_names(TOKENS, 4, msgspec.msgpack.encode(["poet"]))
 
 STORED: dict[str, Any] = {
-    "vLLM 0.8, five fields": ["BlockStored", [11, 12], None, TOKENS, 4, None],
-    "vLLM 0.10.2, with medium": ["BlockStored", [11, 12], None, TOKENS, 4, None, "GPU"],
-    "vLLM 0.15, with adapter": ["BlockStored", [11, 12], None, TOKENS, 4, None, "GPU", None],
-    "vLLM 0.18, with extra keys": ["BlockStored", [11, 12], None, TOKENS, 4, None, "GPU", None, [None, None], 0],
+    "five fields": ["BlockStored", [11, 12], None, TOKENS, 4, None],
+    "with a medium": ["BlockStored", [11, 12], None, TOKENS, 4, None, "GPU"],
+    "with an adapter": ["BlockStored", [11, 12], None, TOKENS, 4, None, "GPU", None],
+    "with extra keys and a group": ["BlockStored", [11, 12], None, TOKENS, 4, None, "GPU", None, [None, None], 0],
     "an array that goes on": [
         "BlockStored",
         [11, 12],
@@ -77,6 +77,11 @@ def follower(request: pytest.FixtureRequest) -> Any:
 def test_a_stored_event_of_any_release_names_its_blocks(follower: Any, event: Any) -> None:
     assert names(follower.follow([payload(event)])) == (False, set(), set(NAMES))
     assert follower.block_size == 4
+
+
+def test_a_batch_may_be_a_map(follower: Any) -> None:
+    batch = {"ts": 1.0, "events": [STORED["vLLM 0.32, a map"]], "data_parallel_rank": 0}
+    assert names(follower.follow([msgspec.msgpack.encode(batch)]))[2] == set(NAMES)
 
 
 @pytest.mark.parametrize("event", STORED.values(), ids=STORED)
