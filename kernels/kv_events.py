@@ -1,7 +1,7 @@
 """The KV events that vLLM, SGLang and others publish, decoded: one msgpack payload -> what it says of which blocks.
 
-A payload is an array of a time, the events and more, or a map. An event is a map with its kind under `type`, or an array
-that begins with its kind. Fields have been added over time and are all optional here but the first ones.
+A payload is an array of a time, the events and more, or a map. An event is a map with its kind under `type`, or an
+array that begins with its kind. Fields have been added over time; all but the first ones are optional here.
 `kv_events_cpu` reads the common shapes, compiled; this is the reference, and reads the rest.
 """
 
