@@ -16,6 +16,7 @@ PARTS: dict[str, tuple[str, ...]] = {
     ),
     "select": ("select_vs_dynamo",),
     "route": ("route_100k_tokens_p50_ms",),
+    "lag": ("lag_p99_ms",),
     "join": ("join_exact_s",),
 }
 """A part is a module `index_<part>` with `measure(settings: Settings) -> Found`; these are its figures."""
