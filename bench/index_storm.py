@@ -105,14 +105,14 @@ def join(engines: list[Engine]) -> None:
 
 def rage(engines: list[Engine], storm: Storm) -> Sent:
     """Sends every change when it is due, and heartbeats."""
-    sent, began, number = Sent(engines), time.monotonic(), 0
+    sent, began, done = Sent(engines), time.monotonic(), 0
     last, heartbeat_due_s = storm.messages * len(engines), 0.0
-    while number < last:
+    while done < last:
         now_s = time.monotonic() - began
         due = min(int(now_s * storm.events_per_s / storm.events_per_message), last)
-        for number in range(number, due):
+        for number in range(done, due):
             sent.change(engines[number % len(engines)])
-        number = due
+        done = due
         if now_s >= heartbeat_due_s:
             heartbeat_due_s = now_s + HEARTBEAT_EVERY_S
             for engine in engines:

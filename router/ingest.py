@@ -1,4 +1,7 @@
-"""The router's end of the link to engines: one ROUTER socket, whose messages feed the fleet. Decides nothing."""
+"""The router's end of the link to engines: one ROUTER socket, whose messages feed the fleet. Decides nothing.
+
+Messages are taken by the turn rather than one by one through the event loop, which would cost as much as all the rest.
+"""
 
 import asyncio
 import logging
@@ -6,7 +9,6 @@ from collections.abc import Iterable
 from typing import Final
 
 import zmq
-import zmq.asyncio
 
 from vllm_llmd import wire
 from vllm_llmd.errors import ConfigError, UnknownVersionError, WireError
@@ -28,7 +30,8 @@ class Ingest:
         self._fleet = fleet
         self._metrics = metrics
         self._complaints: dict[tuple[Sender, str], None] = {}
-        self._context = zmq.asyncio.Context()
+        self._readable = asyncio.Event()
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.ROUTER_HANDOVER, 1)  # an engine that connects again is the same engine
@@ -58,13 +61,29 @@ class Ingest:
         self._context.term()
 
     async def _receive(self) -> None:
-        while True:
-            for _ in range(MESSAGES_PER_TURN):
-                frames: list[bytes] = await self._socket.recv_multipart()
-                await self._take(frames)
-            await asyncio.sleep(0)  # a flood of messages must not starve requests
+        loop, descriptor = asyncio.get_running_loop(), int(self._socket.getsockopt(zmq.FD))
+        loop.add_reader(descriptor, self._readable.set)
+        try:
+            while True:
+                self._readable.clear()
+                if self._take_some() == MESSAGES_PER_TURN:
+                    await asyncio.sleep(0)  # a flood of messages must not starve requests
+                else:
+                    await self._readable.wait()
+        finally:
+            loop.remove_reader(descriptor)
 
-    async def _take(self, frames: list[bytes]) -> None:
+    def _take_some(self) -> int:
+        """Takes in what has come, up to a turn's worth. Returns how many messages that were."""
+        for taken in range(MESSAGES_PER_TURN):
+            try:
+                frames = self._socket.recv_multipart(zmq.DONTWAIT)
+            except zmq.Again:
+                return taken
+            self._take(frames)
+        return MESSAGES_PER_TURN
+
+    def _take(self, frames: list[bytes]) -> None:
         sender, body = frames[0], frames[-1]
         try:
             if len(frames) != 2:
@@ -73,27 +92,29 @@ class Ingest:
         except WireError as error:
             self._complain(sender, type(error).__name__, str(error))
             if isinstance(error, UnknownVersionError):
-                await self._post(Reply(sender, wire.Refused(str(error))))
+                self._post(Reply(sender, wire.Refused(str(error))))
             return
-        await self._send(replies)
+        self._send(replies)
 
     async def _tick(self) -> None:
         while True:
-            await self._send(self._fleet.tick())
-            await self._send(self._fleet.members_to_publish())
+            self._send(self._fleet.tick())
+            self._send(self._fleet.members_to_publish())
+            self._readable.set()  # sending may have swallowed the descriptor's word that something has come
             await asyncio.sleep(TICK_S)
 
-    async def _send(self, replies: Iterable[Reply]) -> None:
+    def _send(self, replies: Iterable[Reply]) -> None:
         for reply in replies:
             if isinstance(reply.message, wire.SnapshotWanted):
                 self._metrics.snapshots_asked.labels(reply.message.reason).inc()
                 log.info("engine %s: asked for a snapshot (%s)", _shown(reply.to), reply.message.reason)
             elif isinstance(reply.message, wire.Refused):
                 self._complain(reply.to, "Refused", reply.message.reason)
-            await self._post(reply)
+            self._post(reply)
 
-    async def _post(self, reply: Reply) -> None:
-        await self._socket.send_multipart([reply.to, wire.encode(reply.message)])
+    def _post(self, reply: Reply) -> None:
+        """Never blocks: what an engine does not read in time is dropped, and it will ask or be asked again."""
+        self._socket.send_multipart([reply.to, wire.encode(reply.message)], zmq.DONTWAIT)
 
     def _complain(self, sender: Sender, kind: str, text: str) -> None:
         self._metrics.wire_errors.labels(kind).inc()

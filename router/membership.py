@@ -6,21 +6,21 @@ long or when it says goodbye. One epoch is one life: a new one replaces the old,
 
 from collections import deque
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import StrEnum
 from typing import Final, Literal
 
 from vllm_llmd.names import EngineId, Epoch
 from vllm_llmd.wire import EngineInfo, Load
 
 
-class State(Enum):
+class State(StrEnum):
     JOINING = "joining"
     READY = "ready"
     STALE = "stale"
     GONE = "gone"
 
 
-class Event(Enum):
+class Event(StrEnum):
     INDEX_EXACT = "index exact"
     HEARD = "heard"
     SILENT = "silent"

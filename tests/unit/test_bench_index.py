@@ -1,10 +1,13 @@
 """The index benchmark's parts, its last line and its results file."""
 
+import functools
+import operator
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import zmq
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "bench"))
 
@@ -12,11 +15,15 @@ import index
 from index_engines import Holding, engines_apart
 from index_fleet import FilledFleet
 from index_join import endpoint, exact
+from index_lag import lags_ms, rate
 from index_plan import KEYS, PARTS, kept, last_line
+from index_storm import Engine, Storm
 from index_values import Arms, Found, Settings, quartiles
 
+from vllm_llmd import wire
 from vllm_llmd.kernels.prefix_table import Contents
 from vllm_llmd.launch_process import reserve_port
+from vllm_llmd.names import EngineId
 
 BENCH = Path(__file__).resolve().parents[2] / "bench"
 SETTINGS = Settings(resident=1, rounds=1, calls=1, engine_python="python", model="tiny")
@@ -79,3 +86,46 @@ def test_a_join_is_over_when_all_are_ready_and_their_contents_are_known() -> Non
 def test_engines_in_a_process_of_their_own_tell_what_they_hold() -> None:
     with reserve_port() as port, engines_apart(Holding(2, 10, endpoint(port))) as held:
         assert [contents.blocks for contents in held.values()] == [10, 10]
+
+
+A, B = EngineId("a"), EngineId("b")
+
+
+def test_a_lag_runs_from_the_sending_of_its_own_change() -> None:
+    sent = {A: [0, 1_000_000_000], B: [500_000_000]}
+    seen = [(A, 1, 3_000_000), (B, 1, 504_000_000), (A, 2, 1_005_000_000)]
+    assert lags_ms(seen, sent, warm_up_s=0) == [3, 4, 5]
+    assert lags_ms(seen, sent, warm_up_s=0.6) == [5]
+
+
+def test_a_rate_counts_the_events_of_every_message_but_the_first() -> None:
+    assert rate([(A, 1, 0), (A, 2, 500_000_000), (B, 1, 1_000_000_000)], events_per_message=32) == 64
+
+
+def test_an_engine_in_a_storm_holds_as_many_blocks_after_a_change_as_before_it() -> None:
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as router:
+        port = router.bind_to_random_port("tcp://127.0.0.1")
+        storm = Storm(f"tcp://127.0.0.1:{port}", 1, resident=6, events_per_message=4, events_per_s=40, seconds=1)
+        engine = Engine(context, 0, storm)
+        assert storm.messages == 10
+        sender, hello = router.recv_multipart()
+        assert wire.decode_link(hello) == wire.Hello(engine.info)
+        router.send_multipart([sender, wire.encode(wire.SnapshotWanted(engine.info.epoch, "joined"))])
+        while not engine.answer():
+            pass
+        snapshot = wire.decode_link(router.recv_multipart()[1])
+        assert isinstance(snapshot, wire.Snapshot)
+        held = set(wire.unpack_names(snapshot.names))
+        for _ in range(3):
+            engine.change()
+            changed = wire.decode_link(router.recv_multipart()[1])
+            assert isinstance(changed, wire.BlocksChanged)
+            assert held.issuperset(wire.unpack_names(changed.removed))
+            held = held.difference(wire.unpack_names(changed.removed)) | set(wire.unpack_names(changed.stored))
+            assert len(held) == 6
+        engine.heartbeat()
+        heartbeat = wire.decode_link(router.recv_multipart()[1])
+        assert isinstance(heartbeat, wire.Heartbeat)
+        assert (heartbeat.seq, heartbeat.blocks) == (3, 6)
+        assert heartbeat.digest == functools.reduce(operator.xor, held)
+        context.destroy(linger=0)
