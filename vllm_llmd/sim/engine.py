@@ -294,6 +294,7 @@ class SimEngine:
             self._tell_events(change, "gpu")
         below = None if self.model.offload is None else self.model.offload.changes.drain()
         if below is not None:
+            self._link.publish(below.cleared, below.removed, below.stored, "cpu")
             self._tell_events(below, "cpu")
 
     def _with_lies(self, change: CacheChange) -> CacheChange:

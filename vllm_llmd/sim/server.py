@@ -41,6 +41,7 @@ class SimServer:
         app.router.add_get("/health", self._health)
         app.router.add_get("/metrics", self._metrics)
         app.router.add_post("/reset_prefix_cache", self._reset)
+        app.router.add_get("/sim/cache", self._cache)
         app.router.add_get("/sim/failures", self._failures)
         app.router.add_post("/sim/failures", self._failures)
         return app
@@ -61,6 +62,12 @@ class SimServer:
     async def _reset(self, _: web.Request) -> web.Response:
         self._engine.forget_cache()
         return web.Response()
+
+    async def _cache(self, _: web.Request) -> web.Response:
+        """What the cache really holds, whatever routers have been told."""
+        model = self._engine.model
+        tiers = {"gpu": model.pool.names, "cpu": () if model.offload is None else model.offload.names}
+        return web.json_response({tier: [str(name) for name in names] for tier, names in tiers.items()})
 
     async def _failures(self, http: web.Request) -> web.Response:
         """What goes wrong now, and how often a fault of the wire has happened; a POST changes what it names."""
