@@ -106,7 +106,6 @@ class Site:
         give_up = time.monotonic() + DEADLINE_S
         while True:
             status, lines = await self.verify()
-            print(round(time.monotonic() - give_up + 60, 1), status, lines, file=sys.stderr)
             if status == 0 and len(lines) == ENGINES:
                 return lines
             assert time.monotonic() < give_up, lines
