@@ -313,7 +313,7 @@ class Scheduler:
             if needed > self.pool.free:
                 return False
             request.blocks += self.pool.take(needed)
-        if end // size > request.named:
+        if request.named < len(request.names) and end // size > request.named:
             self._name(request, end)
         return True
 
