@@ -10,8 +10,11 @@ from typing import Final
 
 EVENT_BYTES: Final = 64 << 10
 
-_EVENT_END = re.compile(rb"(?>\r\n|\n|\r)(?:\r\n|\n|\r(?=[^\n]))")
-"""A line end and an empty line. A carriage return that is the last byte so far may be half a line end: it waits."""
+_EVENT_END = re.compile(rb"\n(?:\n|\r\n|\r(?=[^\n]))|\r(?:\r\n|\r(?=[^\n]))")
+"""The last byte of a line's end, then an empty line: lines end in CR LF, LF or CR.
+
+A carriage return that is the last byte so far may be half a line end: it waits.
+"""
 
 _BEFORE_END: Final = 3
 """How many bytes of an event's end may be here without its being known."""
