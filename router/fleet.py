@@ -3,7 +3,6 @@
 Every call that may owe somebody a message returns what to send to whom.
 """
 
-from array import array
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,15 +13,15 @@ import numpy as np
 from vllm_llmd import wire
 from vllm_llmd.clock import Clock
 from vllm_llmd.errors import MalformedMessageError
-from vllm_llmd.kernels.hash_chain import Names, digest, salt_of
-from vllm_llmd.kernels.hash_chain_cpu import UNSALTED, chain_names
+from vllm_llmd.kernels.hash_chain import Names
 from vllm_llmd.kernels.kv_events_plain import Change
 from vllm_llmd.names import TIERS, EngineId
 from vllm_llmd.router import costs, text_index
+from vllm_llmd.router.agreement import Agreement, prompt_names
 from vllm_llmd.router.candidates import Candidates, Places, Roster, is_base
 from vllm_llmd.router.cursor import Cursor, Outcome
 from vllm_llmd.router.decide import Decision
-from vllm_llmd.router.membership import Membership, Placed, State, Stock
+from vllm_llmd.router.membership import Engine, Membership, Placed, State, Stock
 from vllm_llmd.router.prefix_index import Difference, PrefixIndex, unpacked, unpacked_tiers
 from vllm_llmd.router.request import Facts
 from vllm_llmd.router.settings import RouterSettings
@@ -73,6 +72,7 @@ class Fleet:
         self.index = PrefixIndex(settings.index_blocks)
         self.texts = TextIndex(settings.text_chunks)
         self.truth = Truth()
+        self.agreement = Agreement()
 
     # --- messages -----------------------------------------------------------------------------------------------
 
@@ -162,7 +162,7 @@ class Fleet:
                 engine = self.membership.get(message.engine)
                 if engine is not None:
                     wire.check_packed(message.names)
-                    self.texts.learn(message.request, engine.info.block_size, unpacked(message.names))
+                    self._learn(engine, message.request, unpacked(message.names))
             case wire.Goodbye():
                 self.membership.left(message.engine)
                 self._forget(message.engine)
@@ -188,6 +188,12 @@ class Fleet:
         if self._cursors[engine].exact:
             self.membership.index_exact(engine)
         return []
+
+    def _learn(self, engine: Engine, request: str, names: Names) -> None:
+        chunks = self.texts.learn(request, engine.info.block_size, names)
+        guess = None if chunks is None else chunks.guess
+        if guess is not None and is_base(engine.info, guess.model):
+            self.agreement.compare(guess, engine.info.block_size, names)
 
     def _forget(self, engine: EngineId) -> None:
         self.index.forget_engine(engine)
@@ -334,17 +340,8 @@ class Fleet:
 
     def _chain(self, facts: Facts, chunks: Chunks, block_size: int, base: bool) -> Names:
         if base and facts.tokens is not None:
-            return _names_of(facts.tokens, block_size, facts.salt)
+            return prompt_names(facts.tokens, block_size, facts.salt)
         return self.texts.predict(block_size, chunks)
-
-
-def _names_of(tokens: "array[int]", block_size: int, salt: str | None) -> Names:
-    """The block names of a prompt for the base model. A cache salt is part of the first block's name alone."""
-    digests = UNSALTED
-    if salt is not None:
-        digests = np.zeros(len(tokens) // block_size, np.uint64)
-        digests[:1] = digest(salt_of([salt]))
-    return chain_names(np.frombuffer(tokens, np.uint32), block_size, digests=digests)
 
 
 def _refuse_former(engine: EngineId) -> wire.Refused:

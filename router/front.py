@@ -20,6 +20,7 @@ from vllm_llmd.clock import Clock
 from vllm_llmd.names import EngineId
 from vllm_llmd.router import replies, rewrite, upstream, usage
 from vllm_llmd.router.decide import Decision, Policy, decide
+from vllm_llmd.router.exact import Exact
 from vllm_llmd.router.fleet import Fleet
 from vllm_llmd.router.membership import Engine
 from vllm_llmd.router.observe import Metrics
@@ -62,6 +63,7 @@ class Front:
         self._numbers = itertools.count(1)
         self._started_s = int(time.time())
         self._policy = Policy(settings.min_remote_tokens, random.Random())
+        self._exact = Exact(settings, fleet.agreement, metrics)
         self._connect_timeout_ms = settings.connect_timeout_ms
         self._session: aiohttp.ClientSession | None = None
 
@@ -98,7 +100,7 @@ class Front:
         raw = await http.read()
         try:
             body = parse_body(raw)
-            facts = read_facts(PATHS[http.path], body)
+            facts = await self._exact.facts(read_facts(PATHS[http.path], body), PATHS[http.path], body)
         except RequestError as error:
             return replies.error(400, str(error), "invalid_request", error.param)
         if facts.model is not None and self._fleet.membership.ready() and not self._fleet.serves(facts.model):

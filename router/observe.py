@@ -68,6 +68,14 @@ class _FleetCollector(Collector):
                 trusted.add_metric([engine.info.id], float(standing.state is not Trust.OBSERVED))
         yield untold
         yield trusted
+        names = CounterMetricFamily(
+            "vllm_llmd_exact_names",
+            "Prompts whose names were computed here and told by an engine",
+            labels=["result"],
+        )
+        for result, count in self._fleet.agreement.counts.items():
+            names.add_metric([result], count)
+        yield names
         yield GaugeMetricFamily(
             "vllm_llmd_text_chunks", "Entries in the text index", value=float(len(self._fleet.texts))
         )
@@ -116,6 +124,12 @@ class Metrics:
         )
         self.cancelled = Counter(
             "vllm_llmd_cancelled_requests", "Requests whose client went away", registry=self._registry
+        )
+        self.exact_prompts = Counter(
+            "vllm_llmd_exact_prompts",
+            "Prompts given as text that were to be tokenized",
+            ["result"],
+            registry=self._registry,
         )
         self.snapshots_asked = Counter(
             "vllm_llmd_snapshots_asked", "Snapshots asked of engines", ["reason"], registry=self._registry

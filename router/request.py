@@ -7,7 +7,7 @@ import hashlib
 import json
 from array import array
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
 
 import msgspec
@@ -41,9 +41,13 @@ class RequestError(LlmdError):
         self.param = param
 
 
+class Unsupported(LlmdError):
+    """A prompt's token ids cannot be told from its request."""
+
+
 @dataclass(frozen=True)
 class Facts:
-    """`tokens` is the prompt where the client gave token ids, 4 bytes each. Of several prompts, all is of the longest.
+    """`tokens` is the prompt where its token ids are known, 4 bytes each. Of several prompts, all is of the longest.
 
     `seed` and `text` together decide the prompt's tokens. `salt` keeps its blocks apart from others of the same tokens.
     """
@@ -55,6 +59,8 @@ class Facts:
     prompt_tokens: int
     salt: str | None
     prompts: int = 1
+    tokenized: bool = False
+    """Whether the token ids are not the client's but what this router made of its text."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +109,11 @@ def read_facts(kind: Kind, body: Mapping[str, Any]) -> Facts:
     salt = body.get("cache_salt")
     salt = salt if isinstance(salt, str) and salt else None
     return Facts(model, prompt.tokens, seed, prompt.text, prompt.size, salt, len(prompts))
+
+
+def with_tokens(facts: Facts, tokens: "array[int]") -> Facts:
+    """The facts of a prompt given as text, and what its token ids should be."""
+    return replace(facts, tokens=tokens, prompt_tokens=len(tokens), tokenized=True)
 
 
 def _chat_prompt(body: Mapping[str, Any]) -> _Prompt:

@@ -20,6 +20,7 @@ _AT_LEAST_1 = (
     "text_chunk_bytes",
     "text_chunks",
     "index_blocks",
+    "tokenizer_wait_ms",
 )
 
 
@@ -40,6 +41,8 @@ class RouterSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     text_chunk_bytes: int = 256
     text_chunks: int = 200_000
     index_blocks: int = 4_000_000
+    tokenizer: str | None = None
+    tokenizer_wait_ms: int = 100
     api_key: str | None = None
     stock_engine: tuple[StockEngine, ...] | None = None
 
@@ -77,6 +80,8 @@ _FLAGS: Mapping[str, str] = {
     "text_chunk_bytes": "bytes of prompt text per entry of the text index",
     "text_chunks": "entries kept in the text index, about 150 bytes of memory each",
     "index_blocks": "different blocks that each 64 engines may hold in a tier, up to 40 bytes of memory each",
+    "tokenizer": "model directory, or MODEL=DIR,MODEL=DIR, to tokenize prompts with; needs vllm-llmd[exact]",
+    "tokenizer_wait_ms": "how long a request waits for its token ids before it does without",
     "api_key": f"clients must send it as bearer token; also read from {API_KEY_VARIABLE}",
     "stock_engine": "an engine without our plugin, as http=URL,events=tcp://HOST:PORT; may be repeated",
 }

@@ -17,6 +17,7 @@ from vllm_llmd.kernels.hash_chain import PRIMES, Names
 from vllm_llmd.kernels.hash_chain_cpu import piece_names, xxh64
 from vllm_llmd.kernels.text_table_cpu import Depths, TextTable
 from vllm_llmd.names import BlockName
+from vllm_llmd.router.agreement import Guess
 from vllm_llmd.router.request import Facts
 
 CHUNKS_PER_PAGE: Final = 2
@@ -25,12 +26,16 @@ FORWARDED_KEPT: Final = 10_000
 
 @dataclass(frozen=True, eq=False)
 class Chunks:
-    """A text as chunk hashes. The last chunk may be partial. One that `teaches` is all that its request asks about."""
+    """A text as chunk hashes. The last chunk may be partial. One that `teaches` is all that its request asks about.
+
+    `guess` is what this router took its tokens for, if it did.
+    """
 
     hashes: Names
     text_bytes: int
     chunk_bytes: int
     teaches: bool = True
+    guess: Guess | None = None
 
     def ends(self, blocks: int) -> Depths:
         """How many of the text's `blocks` blocks each chunk ends after, by proportion."""
@@ -42,7 +47,8 @@ class Chunks:
 def cut(facts: Facts, chunk_bytes: int) -> Chunks:
     """Chained 64-bit hashes of the chunks of a request's text, starting from what else decides its tokens."""
     hashes = piece_names(facts.text, chunk_bytes, xxh64(facts.seed, 0))
-    return Chunks(hashes, len(facts.text), chunk_bytes, facts.prompts == 1)
+    guess = Guess(facts.model, facts.tokens, facts.salt) if facts.tokenized and facts.tokens is not None else None
+    return Chunks(hashes, len(facts.text), chunk_bytes, facts.prompts == 1, guess)
 
 
 class TextIndex:
@@ -68,12 +74,13 @@ class TextIndex:
         while len(self._forwarded) > FORWARDED_KEPT or self._forwarded_chunks > most_chunks:
             self._drop(next(iter(self._forwarded)))
 
-    def learn(self, request: str, block_size: int, names: Names | Sequence[BlockName]) -> None:
-        """Takes in the block chain of a request. One that this router did not forward teaches nothing."""
+    def learn(self, request: str, block_size: int, names: Names | Sequence[BlockName]) -> Chunks | None:
+        """Takes in the block chain of a request, and returns its text. One that was not forwarded teaches nothing."""
         chunks = self._drop(request)
         if chunks is not None:
             chain = np.asarray(names, np.uint64)
             self._table.learn(_keys(chunks, block_size), chunks.ends(len(chain)), chain)
+        return chunks
 
     def predict(self, block_size: int, chunks: Chunks) -> Names:
         """The block chain that the text's longest known prefix leads to; empty if none is known."""

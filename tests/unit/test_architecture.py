@@ -66,6 +66,8 @@ PURE = (
     "router/stock_report.py",
     "router/stock_sequence.py",
     "router/stock_settings.py",
+    "router/agreement.py",
+    "router/chat_template.py",
     "vllm_llmd/launch_spec.py",
     "vllm_llmd/sim/asks.py",
     "vllm_llmd/sim/block_pool.py",
@@ -120,6 +122,8 @@ HOMES: dict[str, tuple[str, ...]] = {
     ),
     "rich": ("vllm_llmd/cli.py", "vllm_llmd/demo.py", "vllm_llmd/launch"),
     "prometheus_client": ("router/observe.py", "router/stock_observe.py"),
+    "jinja2": ("router/chat_template.py", "router/tokenizing.py"),
+    "tokenizers": ("router/tokenizing.py",),
     "uvloop": ("router/main.py", "vllm_llmd/sim/main.py"),
 }
 """Third party -> the files, or folders and beginnings of file names, that may import it."""
