@@ -327,7 +327,20 @@ def tiers_fleet(directory: Path, collector: Collector) -> dict[str, Any]:
     return {"model": MODELS / "tiny", "engines": (replace(little, beside=(offloading,)), engine("large"))}
 
 
-FLEETS = {"lab": main_fleet, "cuts": cuts_fleet, "windows": windows_fleet, "latent": latent_fleet, "tiers": tiers_fleet}
+def texts_fleet(directory: Path, collector: Collector) -> dict[str, Any]:
+    """A router that tokenizes, before a model with a tokenizer and a template of the real world if there is one."""
+    model = MODELS / "smollm2" if (MODELS / "smollm2").exists() else MODELS / "tiny"
+    return {"model": model, "engines": (engine("one"),), "router_flags": ("--tokenizer", str(model.resolve()))}
+
+
+FLEETS = {
+    "lab": main_fleet,
+    "cuts": cuts_fleet,
+    "windows": windows_fleet,
+    "latent": latent_fleet,
+    "tiers": tiers_fleet,
+    "texts": texts_fleet,
+}
 """By the name of the fixture that gives it."""
 
 
@@ -402,6 +415,11 @@ def latent(labs: Labs) -> Lab:
 @pytest.fixture
 def tiers(labs: Labs) -> Lab:
     return labs.open("tiers")
+
+
+@pytest.fixture
+def texts(labs: Labs) -> Lab:
+    return labs.open("texts")
 
 
 @pytest.fixture(autouse=True)
