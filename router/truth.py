@@ -140,7 +140,7 @@ class Truth:
         elif kind not in standing.tells:
             standing.untold += 1
             return None
-        cached_tokens = usage.cached_tokens or 0  # releases before 0.31 leave a zero out
+        cached_tokens = usage.cached_tokens or 0  # older releases of vLLM leave a zero out
         standing.answers += 1
         expected_tokens = expected(prediction, usage.prompt_tokens)
         if expected_tokens and prediction.resyncs == standing.resyncs:

@@ -18,11 +18,13 @@ from vllm_llmd.kv_connector.link import Dialogue, Say
 from vllm_llmd.kv_connector.mirror import Change, Mirror
 from vllm_llmd.names import TIERS, BlockName, EngineId, Epoch
 from vllm_llmd.router.candidates import Candidates
+from vllm_llmd.router.decide import Policy, decide
 from vllm_llmd.router.fleet import Fleet, Reply, Verdict
 from vllm_llmd.router.membership import State
 from vllm_llmd.router.prefix_index import Difference
 from vllm_llmd.router.request import read_facts
 from vllm_llmd.router.settings import RouterSettings
+from vllm_llmd.router.usage import Usage
 from vllm_llmd.testing.clock import FakeClock
 
 A = EngineId("a")
@@ -372,3 +374,39 @@ def test_a_candidates_prefix_counts_offloaded_blocks_and_says_how_many(net: Wire
     net.flow()
     candidates = net.fleet.candidates(facts, net.fleet.cut(facts))
     assert (candidates.prefix_blocks.tolist(), candidates.offloaded_blocks.tolist()) == ([1], [0])
+
+
+def test_the_claims_of_an_engine_that_lacks_what_is_predicted_are_cut_down_after_a_resync(net: Wire) -> None:
+    chain = [BlockName(name) for name in chain_names([1, 2, 3, 4, 5, 6, 7, 8], 2)]
+    net.change(Change(False, [], chain[:2]))
+    net.change(Change(False, [], chain[2:], "cpu"))
+    net.flow()
+    facts = read_facts("completion", {"prompt": [1, 2, 3, 4, 5, 6, 7, 8, 9]})
+
+    def candidates() -> Candidates:
+        return net.fleet.candidates(facts, net.fleet.cut(facts))
+
+    def answer(cached_tokens: int) -> None:
+        decision = decide(facts, candidates(), Policy(1000, random.Random()))
+        assert decision is not None
+        prediction = net.fleet.foretold(facts, decision)
+        assert prediction is not None and prediction.blocks == 4
+        error = net.fleet.observed(prediction, "completion", Usage(9, cached_tokens))
+        assert error is not None and error.tokens == 8 - cached_tokens
+
+    for _ in range(18):
+        answer(2)
+    net.down += net.fleet.tick()
+    [asked] = net.down
+    assert isinstance(asked.message, wire.SnapshotWanted) and asked.message.reason == "predictions wrong"
+    decision = decide(facts, candidates(), Policy(1000, random.Random()))
+    assert decision is not None and net.fleet.foretold(facts, decision) is None  # while the index is not exact
+    net.flow()
+    for _ in range(8):
+        answer(2)
+    found = candidates()
+    assert (found.prefix_blocks.tolist(), found.offloaded_blocks.tolist()) == ([1], [0])
+    assert found.claimed_blocks.tolist() == [4]
+    for _ in range(30):
+        answer(8)
+    assert candidates().prefix_blocks.tolist() == [4]
