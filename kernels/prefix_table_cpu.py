@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_llmd.kernels.hash_chain import Names
-from vllm_llmd.kernels.memory_cpu import compiled
+from vllm_llmd.kernels.memory_cpu import compiled, prefetch
 from vllm_llmd.kernels.prefix_table import BANK_ENGINES, Contents
 
 SEGMENT = 512
@@ -23,11 +23,12 @@ FULL = 448
 EXPECTED_FILL = 0.5
 """Slots that names take at least, of those in use, once there are many: segments split when full are half full."""
 
+SLOT_BYTES = 16
+
 AHEAD = 32
-"""Names whose slots are fetched before any is looked at: the memory answers many questions at once."""
+"""How many names ahead slots are asked for: the memory answers many questions at once."""
 
 KEY, HOLDERS = 0, 1
-ROW, KEY_THERE = 0, 1
 DEPTH, SEGMENTS = 0, 1
 
 LAST = SEGMENT - 1
@@ -152,11 +153,10 @@ def _store(
 ) -> int:
     bit = ONE << np.uint64(engine)
     missed = 0
-    near = np.empty((AHEAD, 2), np.uint64)
+    _fetch_first(slots, directory, state, names)
     for number in range(len(names)):
         name = names[number]
-        if number % AHEAD == 0:
-            _fetch(slots, directory, state, names, number, near)
+        _fetch(slots, directory, state, names, number + AHEAD)
         if name == NO_NAME:
             continue
         segment = _segment_of(directory, state, name)
@@ -180,19 +180,21 @@ def _store(
 
 
 @compiled
-def _fetch(slots: Slots, directory: Directory, state: Counts, names: Names, first: int, near: Slots) -> None:
-    """Where each of the next names would be if it were alone, and what stands there. Afterwards it is in the cache."""
-    for i in range(min(AHEAD, len(names) - first)):
-        name = names[first + i]
-        home = _segment_of(directory, state, name) * SEGMENT + _home(name)
-        near[i, ROW], near[i, KEY_THERE] = np.uint64(home), slots[home, KEY]
+def _fetch_first(slots: Slots, directory: Directory, state: Counts, names: Names) -> None:
+    for number in range(AHEAD):
+        _fetch(slots, directory, state, names, number)
 
 
 @compiled
-def _row_of(slots: Slots, near: Slots, number: int, name: np.uint64) -> int:
-    """As `_find`, of a name that has been fetched, as long as nothing has changed since."""
-    home = int(np.int64(near[number % AHEAD, ROW]))
-    return home if near[number % AHEAD, KEY_THERE] == name else _find(slots, home // SEGMENT, name)
+def _fetch(slots: Slots, directory: Directory, state: Counts, names: Names, number: int) -> None:
+    """Asks the memory for where a name would be if it were alone, and waits for nothing."""
+    if number < len(names):
+        prefetch(slots.ctypes.data, _row_if_alone(directory, state, names[number]) * SLOT_BYTES)
+
+
+@compiled
+def _row_if_alone(directory: Directory, state: Counts, name: np.uint64) -> int:
+    return _segment_of(directory, state, name) * SEGMENT + _home(name)
 
 
 @compiled
@@ -259,11 +261,10 @@ def _remove(
     engine: int,
 ) -> None:
     bit = ONE << np.uint64(engine)
-    near = np.empty((AHEAD, 2), np.uint64)
+    _fetch_first(slots, directory, state, names)
     for number in range(len(names)):
         name = names[number]
-        if number % AHEAD == 0:
-            _fetch(slots, directory, state, names, number, near)
+        _fetch(slots, directory, state, names, number + AHEAD)
         segment = _segment_of(directory, state, name)
         row = _find(slots, segment, name)
         if slots[row, KEY] == NO_NAME or not slots[row, HOLDERS] & bit:
@@ -307,12 +308,10 @@ def _clear(slots: Slots, filled: Counts, state: Counts, scratch: Slots, engine: 
 @compiled
 def _match(slots: Slots, directory: Directory, state: Counts, names: Names, alive: np.uint64) -> npt.NDArray[np.int32]:
     depths = np.zeros(BANK_ENGINES, np.int32)
-    near = np.empty((AHEAD, 2), np.uint64)
+    _fetch_first(slots, directory, state, names)
     for depth in range(len(names)):
-        if depth % AHEAD == 0:
-            _fetch(slots, directory, state, names, depth, near)
-        row = _row_of(slots, near, depth, names[depth])
-        held = alive & slots[row, HOLDERS]
+        _fetch(slots, directory, state, names, depth + AHEAD)
+        held = alive & slots[_find(slots, _segment_of(directory, state, names[depth]), names[depth]), HOLDERS]
         if held != alive:
             _note(depths, alive ^ held, depth)
             alive = held
@@ -325,11 +324,10 @@ def _match(slots: Slots, directory: Directory, state: Counts, names: Names, aliv
 @compiled
 def _holders(slots: Slots, directory: Directory, state: Counts, names: Names) -> Names:
     holders = np.empty(len(names), np.uint64)
-    near = np.empty((AHEAD, 2), np.uint64)
+    _fetch_first(slots, directory, state, names)
     for number in range(len(names)):
-        if number % AHEAD == 0:
-            _fetch(slots, directory, state, names, number, near)
-        holders[number] = slots[_row_of(slots, near, number, names[number]), HOLDERS]
+        _fetch(slots, directory, state, names, number + AHEAD)
+        holders[number] = slots[_find(slots, _segment_of(directory, state, names[number]), names[number]), HOLDERS]
     return holders
 
 
