@@ -15,6 +15,9 @@ from vllm_llmd.kernels.hash_chain import Names
 
 BANK_ENGINES = 64
 
+Depths = npt.NDArray[np.int32]
+"""How many blocks from the start each engine of a bank holds, shape (64,)."""
+
 
 @dataclass(frozen=True)
 class Contents:
@@ -25,7 +28,7 @@ class Contents:
 
 
 class BankLike(Protocol):
-    """Example: after `store(names, 3)`, `match(names, 0b1001)` is `len(names)` for engine 3 and 0 for all others."""
+    """Example: after `store(names, 3)`, `match` finds `len(names)` for engine 3 and 0 for all others."""
 
     def store(self, names: Names, engine: int) -> int:
         """The engine holds these too. Returns how many found no room; names that it holds already change nothing."""
@@ -39,11 +42,8 @@ class BankLike(Protocol):
         """The engine holds nothing any more."""
         ...
 
-    def match(self, names: Names, engines: int) -> npt.NDArray[np.int32]:
-        """How many blocks from the start of `names` each engine holds without a hole, shape (64,).
-
-        Only engines whose bit is set in `engines` are looked for; others are 0.
-        """
+    def match(self, names: Names, depths: Depths) -> None:
+        """Writes to `depths` how many blocks from the start of `names` each engine holds without a hole."""
         ...
 
     def holders(self, names: Names) -> Names:
@@ -82,9 +82,8 @@ class PlainBank:
     def clear(self, engine: int) -> None:
         self._held[engine].clear()
 
-    def match(self, names: Names, engines: int) -> npt.NDArray[np.int32]:
-        depths = [_depth(_ints(names), held) if engines >> e & 1 else 0 for e, held in enumerate(self._held)]
-        return np.array(depths, dtype=np.int32)
+    def match(self, names: Names, depths: Depths) -> None:
+        depths[:] = [_depth(_ints(names), held) for held in self._held]
 
     def holders(self, names: Names) -> Names:
         bits = [sum((name in held) << e for e, held in enumerate(self._held)) for name in _ints(names)]
@@ -100,11 +99,10 @@ class PlainBank:
         return Contents(len(self._held[engine]), digest)
 
 
-def depths_of(holders: Names) -> npt.NDArray[np.int32]:
-    """How many from the start of `holders` each engine is among without a hole, shape (64,)."""
+def depths_of(holders: Names, depths: Depths) -> None:
+    """Writes to `depths` how many from the start of `holders` each engine is among without a hole."""
     bits = _ints(holders)
-    depths = [next((depth for depth, held in enumerate(bits) if not held >> e & 1), len(bits)) for e in range(64)]
-    return np.array(depths, dtype=np.int32)
+    depths[:] = [next((depth for depth, held in enumerate(bits) if not held >> e & 1), len(bits)) for e in range(64)]
 
 
 def _ints(names: Iterable[np.uint64]) -> list[int]:

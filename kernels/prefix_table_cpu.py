@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from vllm_llmd.kernels.hash_chain import Names
 from vllm_llmd.kernels.memory_cpu import compiled, prefetch
-from vllm_llmd.kernels.prefix_table import BANK_ENGINES, Contents
+from vllm_llmd.kernels.prefix_table import BANK_ENGINES, Contents, Depths
 
 SEGMENT = 512
 """Slots of a segment."""
@@ -55,10 +55,8 @@ class Bank:
         self._scratch: Slots = np.zeros((SEGMENT, 2), np.uint64)
         self._blocks: Counts = np.zeros(BANK_ENGINES, np.int64)
         self._digests: Names = np.zeros(BANK_ENGINES, np.uint64)
-
-    @property
-    def _table(self) -> tuple[Slots, Directory, Counts, Counts, Counts, Slots]:
-        return self._slots, self._directory, self._filled, self._depths, self._state, self._scratch
+        table = self._slots, self._directory, self._filled, self._depths, self._state, self._scratch
+        self._all = *table, self._blocks, self._digests
 
     @property
     def bytes_in_use(self) -> int:
@@ -67,7 +65,7 @@ class Bank:
         return segments * SEGMENT * 16 + (1 << depth) * 4 + segments * 16
 
     def store(self, names: Names, engine: int) -> int:
-        return int(_store(*self._table, self._blocks, self._digests, names, engine))
+        return int(_store(*self._all, names, engine))
 
     def remove(self, names: Names, engine: int) -> None:
         _remove(self._slots, self._directory, self._filled, self._state, self._blocks, self._digests, names, engine)
@@ -77,8 +75,8 @@ class Bank:
         self._blocks[engine] = 0
         self._digests[engine] = 0
 
-    def match(self, names: Names, engines: int) -> npt.NDArray[np.int32]:
-        return _match(self._slots, self._directory, self._state, names, np.uint64(engines))
+    def match(self, names: Names, depths: Depths) -> None:
+        _match(self._slots, self._directory, self._state, names, depths)
 
     def holders(self, names: Names) -> Names:
         return _holders(self._slots, self._directory, self._state, names)
@@ -90,19 +88,19 @@ class Bank:
         return Contents(int(self._blocks[engine]), int(self._digests[engine]))
 
 
-def depths_of(holders: Names) -> npt.NDArray[np.int32]:
+def depths_of(holders: Names, depths: Depths) -> None:
     """As the reference."""
-    return _depths_of(holders)
+    _depths_of(holders, depths)
 
 
 def compile_ahead() -> None:
     """Compiles every kernel or loads it from numba's cache, so that no message has to wait for that."""
-    bank, some = Bank(1), np.ones(1, np.uint64)
+    bank, some, depths = Bank(1), np.ones(1, np.uint64), np.zeros(BANK_ENGINES, np.int32)
     for names in (some, _read_only(some)):
         bank.store(names, 0)
         bank.remove(names, 0)
-        bank.match(names, 1)
-        depths_of(bank.holders(names))
+        bank.match(names, depths)
+        depths_of(bank.holders(names), depths)
     bank.clear(0)
     bank.held(0)
 
@@ -153,10 +151,11 @@ def _store(
 ) -> int:
     bit = ONE << np.uint64(engine)
     missed = 0
-    _fetch_first(slots, directory, state, names)
+    rows = np.empty(AHEAD, np.int64)
+    _fetch_first(slots, directory, state, names, rows)
     for number in range(len(names)):
         name = names[number]
-        _fetch(slots, directory, state, names, number + AHEAD)
+        _fetch(slots, directory, state, names, number + AHEAD, rows)
         if name == NO_NAME:
             continue
         segment = _segment_of(directory, state, name)
@@ -180,21 +179,24 @@ def _store(
 
 
 @compiled
-def _fetch_first(slots: Slots, directory: Directory, state: Counts, names: Names) -> None:
+def _fetch_first(slots: Slots, directory: Directory, state: Counts, names: Names, rows: Counts) -> None:
     for number in range(AHEAD):
-        _fetch(slots, directory, state, names, number)
+        _fetch(slots, directory, state, names, number, rows)
 
 
 @compiled
-def _fetch(slots: Slots, directory: Directory, state: Counts, names: Names, number: int) -> None:
-    """Asks the memory for where a name would be if it were alone, and waits for nothing."""
+def _fetch(slots: Slots, directory: Directory, state: Counts, names: Names, number: int, rows: Counts) -> None:
+    """Notes in `rows` where a name would be if it were alone, asks the memory for that, and waits for nothing."""
     if number < len(names):
-        prefetch(slots.ctypes.data, _row_if_alone(directory, state, names[number]) * SLOT_BYTES)
+        row = _segment_of(directory, state, names[number]) * SEGMENT + _home(names[number])
+        prefetch(slots.ctypes.data, row * SLOT_BYTES)
+        rows[number & AHEAD - 1] = row
 
 
 @compiled
-def _row_if_alone(directory: Directory, state: Counts, name: np.uint64) -> int:
-    return _segment_of(directory, state, name) * SEGMENT + _home(name)
+def _found(slots: Slots, row: int, name: np.uint64) -> int:
+    """As `_find`, from where the name would be if it were alone, as long as nothing has changed since."""
+    return row if slots[row, KEY] == name else _find(slots, row // SEGMENT, name)
 
 
 @compiled
@@ -261,10 +263,11 @@ def _remove(
     engine: int,
 ) -> None:
     bit = ONE << np.uint64(engine)
-    _fetch_first(slots, directory, state, names)
+    rows = np.empty(AHEAD, np.int64)
+    _fetch_first(slots, directory, state, names, rows)
     for number in range(len(names)):
         name = names[number]
-        _fetch(slots, directory, state, names, number + AHEAD)
+        _fetch(slots, directory, state, names, number + AHEAD, rows)
         segment = _segment_of(directory, state, name)
         row = _find(slots, segment, name)
         if slots[row, KEY] == NO_NAME or not slots[row, HOLDERS] & bit:
@@ -306,34 +309,35 @@ def _clear(slots: Slots, filled: Counts, state: Counts, scratch: Slots, engine: 
 
 
 @compiled
-def _match(slots: Slots, directory: Directory, state: Counts, names: Names, alive: np.uint64) -> npt.NDArray[np.int32]:
-    depths = np.zeros(BANK_ENGINES, np.int32)
-    _fetch_first(slots, directory, state, names)
+def _match(slots: Slots, directory: Directory, state: Counts, names: Names, depths: Depths) -> None:
+    alive = ~NO_NAME
+    rows = np.empty(AHEAD, np.int64)
+    _fetch_first(slots, directory, state, names, rows)
     for depth in range(len(names)):
-        _fetch(slots, directory, state, names, depth + AHEAD)
-        held = alive & slots[_find(slots, _segment_of(directory, state, names[depth]), names[depth]), HOLDERS]
+        row = _found(slots, rows[depth & AHEAD - 1], names[depth])
+        _fetch(slots, directory, state, names, depth + AHEAD, rows)
+        held = alive & slots[row, HOLDERS]
         if held != alive:
             _note(depths, alive ^ held, depth)
             alive = held
             if alive == NO_NAME:
-                return depths
+                return
     _note(depths, alive, len(names))
-    return depths
 
 
 @compiled
 def _holders(slots: Slots, directory: Directory, state: Counts, names: Names) -> Names:
     holders = np.empty(len(names), np.uint64)
-    _fetch_first(slots, directory, state, names)
+    rows = np.empty(AHEAD, np.int64)
+    _fetch_first(slots, directory, state, names, rows)
     for number in range(len(names)):
-        _fetch(slots, directory, state, names, number + AHEAD)
-        holders[number] = slots[_find(slots, _segment_of(directory, state, names[number]), names[number]), HOLDERS]
+        holders[number] = slots[_found(slots, rows[number & AHEAD - 1], names[number]), HOLDERS]
+        _fetch(slots, directory, state, names, number + AHEAD, rows)
     return holders
 
 
 @compiled
-def _depths_of(holders: Names) -> npt.NDArray[np.int32]:
-    depths = np.zeros(BANK_ENGINES, np.int32)
+def _depths_of(holders: Names, depths: Depths) -> None:
     alive = ~NO_NAME
     for depth in range(len(holders)):
         held = alive & holders[depth]
@@ -341,13 +345,12 @@ def _depths_of(holders: Names) -> npt.NDArray[np.int32]:
             _note(depths, alive ^ held, depth)
             alive = held
             if alive == NO_NAME:
-                return depths
+                return
     _note(depths, alive, len(holders))
-    return depths
 
 
 @compiled
-def _note(depths: npt.NDArray[np.int32], engines: np.uint64, depth: int) -> None:
+def _note(depths: Depths, engines: np.uint64, depth: int) -> None:
     for engine in range(BANK_ENGINES):
         if engines >> np.uint64(engine) & ONE:
             depths[engine] = depth

@@ -6,7 +6,7 @@ a bank costs memory only for blocks that its own engines hold. Not to be called 
 
 import heapq
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import reduce
 
@@ -21,8 +21,6 @@ from vllm_llmd.names import TIERS, EngineId, Tier
 log = logging.getLogger(__name__)
 
 Places = npt.NDArray[np.intp]
-
-_EVERYONE = (1 << BANK_ENGINES) - 1
 
 NO_NAMES: Names = np.empty(0, np.uint64)
 
@@ -56,20 +54,20 @@ def unpacked_tiers(held: Mapping[Tier, bytes]) -> Mapping[Tier, Names]:
     return {tier: unpacked(names) for tier, names in held.items()}
 
 
-BankDepths = npt.NDArray[np.int32]
-"""How many blocks from the start each engine of a bank holds, shape (64,)."""
+AllDepths = npt.NDArray[np.int32]
+"""How many blocks from the start each engine holds, shape (banks, 64)."""
 
 Tiers = dict[Tier, Bank]
 """What the same 64 engines hold, tier by tier. There is always one for the GPU."""
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True, eq=False)
 class Depths:
-    """What a match has found, bank by bank: on the GPU, and in any tier. To be read before the index changes."""
+    """What a match has found: on the GPU, and in any tier. To be read before the index changes."""
 
     seats: Mapping[EngineId, _Seat]
-    on_gpu: Sequence[BankDepths]
-    in_any_tier: Sequence[BankDepths]
+    on_gpu: AllDepths
+    in_any_tier: AllDepths
 
     def of(self, engine: EngineId) -> int:
         """How many blocks from the start the engine has on its GPU."""
@@ -79,17 +77,17 @@ class Depths:
         """How many blocks from the start the engine need not compute: each is in some tier."""
         return self._at(engine, self.in_any_tier)
 
-    def _at(self, engine: EngineId, banks: Sequence[BankDepths]) -> int:
+    def _at(self, engine: EngineId, depths: AllDepths) -> int:
         seat = self.seats.get(engine)
-        return 0 if seat is None else int(banks[seat.bank][seat.number])
+        return 0 if seat is None else int(depths[seat.bank, seat.number])
 
     def at(self, places: Places) -> npt.NDArray[np.int64]:
         """`of` for many engines, by their places."""
-        return _by_place(self.on_gpu, places)
+        return self.on_gpu.ravel()[places].astype(np.int64)
 
     def with_offloaded_at(self, places: Places) -> npt.NDArray[np.int64]:
         """`with_offloaded` for many engines, by their places."""
-        return _by_place(self.in_any_tier, places)
+        return self.in_any_tier.ravel()[places].astype(np.int64)
 
 
 class PrefixIndex:
@@ -160,8 +158,21 @@ class PrefixIndex:
 
     def match(self, names: Names) -> Depths:
         """How many blocks from the start of `names` each engine holds without a hole."""
-        found = [_match(tiers, names) for tiers in self._banks]
-        return Depths(self._seats, [on_gpu for on_gpu, _ in found], [in_any for _, in_any in found])
+        on_gpu = np.zeros((len(self._banks), BANK_ENGINES), np.int32)
+        for number, tiers in enumerate(self._banks):
+            tiers["gpu"].match(names, on_gpu[number])
+        return Depths(self._seats, on_gpu, self._with_offloaded(names, on_gpu))
+
+    def _with_offloaded(self, names: Names, on_gpu: AllDepths) -> AllDepths:
+        """The depths in any tier, which are those on the GPU where nothing is offloaded."""
+        offloading = [number for number, tiers in enumerate(self._banks) if len(tiers) > 1]
+        if not offloading:
+            return on_gpu
+        depths = on_gpu.copy()
+        for number in offloading:
+            holders = [bank.holders(names) for bank in self._banks[number].values()]
+            depths_of(reduce(np.bitwise_or, holders), depths[number])
+        return depths
 
     def places(self, engines: Iterable[EngineId]) -> Places:
         """Where `Depths.at` finds them, for as long as none of them is forgotten."""
@@ -207,18 +218,6 @@ class PrefixIndex:
             self._banks.append({"gpu": Bank(self._max_blocks)})
             self._vacant = list(range(first, first + BANK_ENGINES))
         return _Seat(*divmod(heapq.heappop(self._vacant), BANK_ENGINES))
-
-
-def _by_place(banks: Sequence[BankDepths], places: Places) -> npt.NDArray[np.int64]:
-    return np.concatenate(banks)[places].astype(np.int64) if len(places) else np.empty(0, np.int64)
-
-
-def _match(tiers: Tiers, names: Names) -> tuple[BankDepths, BankDepths]:
-    """Depths on the GPU, and in any tier."""
-    on_gpu = tiers["gpu"].match(names, _EVERYONE)
-    if len(tiers) == 1:
-        return on_gpu, on_gpu
-    return on_gpu, depths_of(reduce(np.bitwise_or, [bank.holders(names) for bank in tiers.values()]))
 
 
 def _distinct(names: Names) -> Names:
