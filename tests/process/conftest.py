@@ -21,7 +21,7 @@ async def site(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[
             yield site
         finally:
             await asyncio.gather(*(engine.stop() for engine in site.engines))
-            if router.process is not None:
+            if router.running:
                 assert router.end(signal.SIGTERM) == 0, router.log.read_text()
     assert "Traceback" not in router.log.read_text()
 
@@ -32,5 +32,5 @@ async def other(site: Site, tmp_path: Path) -> AsyncIterator[Site]:
     router = Router(tmp_path / "other.log", ())
     await router.start()
     yield Site(router, site.client)
-    if router.process is not None:
+    if router.running:
         assert router.end(signal.SIGTERM) == 0, router.log.read_text()

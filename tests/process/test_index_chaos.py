@@ -19,6 +19,7 @@ import aiohttp
 import pytest
 
 from vllm_llmd.testing.process import ServerProcess
+from vllm_llmd.testing.site import Router
 
 ENGINES: Final = 3
 REQUESTS: Final = 120
@@ -33,7 +34,7 @@ class Site:
 
     def __init__(self, logs: Path, client: aiohttp.ClientSession) -> None:
         self.client = client
-        self.router = ServerProcess("vllm_llmd.router.main", ("--snapshot-retry-ms", "300"), logs / "router.log")
+        self.router = Router(logs / "router.log", ("--snapshot-retry-ms", "300"))
         self.engines = [
             ServerProcess("vllm_llmd.sim.main", ("--id", f"e{n}", "--seed", str(n)), logs / f"e{n}.log")
             for n in range(ENGINES)
@@ -41,13 +42,13 @@ class Site:
         self.snapshots: Counter[str] = Counter()
 
     async def start(self) -> None:
-        self.http, self.link = await self._start_router("tcp://127.0.0.1:0", "0")
+        await self.router.start()
         await asyncio.gather(*(self.start_engine(number, "0") for number in range(ENGINES)))
 
     async def restart_router(self) -> None:
         await self._count_snapshots()
         self.router.end(signal.SIGKILL)
-        await self._start_router(self.link, self.http.rpartition(":")[2])
+        await self.router.start()
 
     async def restart_engine(self, number: int) -> None:
         port = self.url(number).rpartition(":")[2]
@@ -55,12 +56,8 @@ class Site:
         await self.start_engine(number, port)
 
     async def start_engine(self, number: int, port: str) -> None:
-        flags = ("--router", self.link, "--port", port, "--blocks", "96", "--cpu-blocks", "128", *QUICK)
+        flags = ("--router", self.router.zmq, "--port", port, "--blocks", "96", "--cpu-blocks", "128", *QUICK)
         await asyncio.to_thread(self.engines[number].start, *flags)
-
-    async def _start_router(self, bind: str, port: str) -> tuple[str, str]:
-        said = await asyncio.to_thread(self.router.start, "--bind", bind, "--port", port)
-        return said["http"], said["router"]
 
     def url(self, number: int) -> str:
         url: str = self.engines[number].said["engines"][0]["http"]
@@ -87,7 +84,7 @@ class Site:
         return self.snapshots
 
     async def _count_snapshots(self) -> None:
-        async with self.client.get(self.http + "/metrics") as response:
+        async with self.client.get(self.router.http + "/metrics") as response:
             for line in (await response.text()).splitlines():
                 if line.startswith("vllm_llmd_snapshots_asked_total{"):
                     self.snapshots[line.split('"')[1]] += int(float(line.split()[-1]))
@@ -95,7 +92,7 @@ class Site:
     async def verify(self) -> tuple[int | None, list[str]]:
         """Exit status and lines of `vllm-llmd index verify`."""
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-P", "-m", "vllm_llmd.cli", "index", "verify", "--router", self.http),
+            *(sys.executable, "-P", "-m", "vllm_llmd.cli", "index", "verify", "--router", self.router.http),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
         )
@@ -122,7 +119,7 @@ async def site(tmp_path: Path) -> AsyncIterator[Site]:
         finally:
             for process in (*site.engines, site.router):
                 if process.running:
-                    assert process.end() == 0, process.log.read_text()
+                    assert process.end(signal.SIGTERM) == 0, process.log.read_text()
     for process in (*site.engines, site.router):
         assert "Traceback" not in process.log.read_text()
 
@@ -132,7 +129,7 @@ async def work(site: Site, rng: random.Random, requests: int) -> None:
     for _ in range(requests):
         family = min(rng.randrange(12), rng.randrange(12)) * 100_000
         prompt = [*range(family, family + rng.randrange(600)), rng.randrange(1 << 30)]
-        where = rng.choice([site.http, *map(site.url, range(ENGINES))])
+        where = rng.choice([site.router.http, *map(site.url, range(ENGINES))])
         try:
             if rng.random() < 0.01:
                 await site.client.post(site.url(rng.randrange(ENGINES)) + "/reset_prefix_cache")
@@ -167,7 +164,7 @@ async def test_after_any_fault_the_index_equals_what_the_engines_hold(site: Site
         lines = await site.proved_exact()
         for number in range(ENGINES):
             truth = {tier: set(names) for tier, names in (await site.get(site.url(number) + "/sim/cache")).items()}
-            index = await site.get(f"{site.http}/admin/index/e{number}")
+            index = await site.get(f"{site.router.http}/admin/index/e{number}")
             believed = {"gpu": index["names"], "cpu": index["offloaded"].get("cpu", ())}
             assert {tier: set(names) for tier, names in believed.items()} == truth, f"seed {seed}"
             assert lines[number] == f"e{number}: {sum(map(len, truth.values()))} blocks, exact"

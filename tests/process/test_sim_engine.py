@@ -4,8 +4,7 @@ import argparse
 import asyncio
 import json
 import signal
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
@@ -20,18 +19,7 @@ from vllm_llmd.kernels.hash_chain import chain_names
 from vllm_llmd.sim.main import SimFleet
 from vllm_llmd.sim.settings import add_arguments, from_args
 from vllm_llmd.testing.process import ServerProcess
-
-DEADLINE_S = 20.0
-CHAT = "/v1/chat/completions"
-
-
-async def until(ask: Callable[[], Awaitable[Any]], wanted: Callable[[Any], bool]) -> Any:
-    """Asks until the answer is the one wanted."""
-    give_up = time.monotonic() + DEADLINE_S
-    while not wanted(answer := await ask()):
-        assert time.monotonic() < give_up, f"still {answer!r}"
-        await asyncio.sleep(0.02)
-    return answer
+from vllm_llmd.testing.site import CHAT, COMPLETIONS, DEADLINE_S, Router, until
 
 
 class Site:
@@ -106,19 +94,20 @@ async def site(tmp_path: Path) -> AsyncIterator[Site]:
 
 
 @pytest.fixture(scope="module")
-def router(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def router(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Router]:
     """One process for all tests here; each leaves it without engines."""
-    flags = ("--port", "0", "--bind", "tcp://127.0.0.1:0", "--stale-after-ms", "1000", "--gone-after-ms", "1500")
-    process = ServerProcess("vllm_llmd.router.main", flags, tmp_path_factory.mktemp("router") / "router.log")
-    yield process.start()
-    assert process.end() == 0, process.log.read_text()
-    assert "Traceback" not in process.log.read_text()
+    flags = ("--stale-after-ms", "1000", "--gone-after-ms", "1500")
+    router = Router(tmp_path_factory.mktemp("router") / "router.log", flags)
+    asyncio.run(router.start())
+    yield router
+    assert router.end(signal.SIGTERM) == 0, router.log.read_text()
+    assert "Traceback" not in router.log.read_text()
 
 
 @pytest.fixture
-async def routed(site: Site, router: Any) -> AsyncIterator[Site]:
+async def routed(site: Site, router: Router) -> AsyncIterator[Site]:
     """A site whose engines join the router."""
-    site.router, site.link = router["http"], router["router"]
+    site.router, site.link = router.http, router.zmq
     await site.ready(0)
     yield site
     site.router = ""
@@ -181,7 +170,7 @@ async def test_the_next_turn_of_a_chat_finds_prompt_and_answer_cached(site: Site
 
 async def test_token_prompts_texts_and_batches_are_completed(site: Site) -> None:
     [engine] = await site.engines()
-    url = engine + "/v1/completions"
+    url = engine + COMPLETIONS
     tokens = await site.post(url, {"prompt": list(range(100)), "max_tokens": 3})
     assert (tokens["usage"]["prompt_tokens"], tokens["object"]) == (100, "text_completion")
     batch = await site.post(url, {"prompt": [list(range(100)), [7]], "max_tokens": 3})
@@ -198,12 +187,12 @@ async def test_token_prompts_texts_and_batches_are_completed(site: Site) -> None
         (CHAT, {"messages": []}, 400, "messages"),
         (CHAT, {"messages": "hi"}, 400, "messages"),
         (CHAT, [], 400, "JSON object"),
-        ("/v1/completions", {"prompt": []}, 400, "prompt"),
-        ("/v1/completions", {"prompt": [1, -1]}, 400, "32 bits"),
-        ("/v1/completions", {"prompt": "a", "max_tokens": 0}, 400, "at least 1"),
-        ("/v1/completions", {"prompt": "a", "max_tokens": "x"}, 400, "integer"),
-        ("/v1/completions", {"prompt": [1] * 5000}, 400, "maximum context length is 4096"),
-        ("/v1/completions", {"model": "nope", "prompt": "a"}, 404, "does not exist"),
+        (COMPLETIONS, {"prompt": []}, 400, "prompt"),
+        (COMPLETIONS, {"prompt": [1, -1]}, 400, "32 bits"),
+        (COMPLETIONS, {"prompt": "a", "max_tokens": 0}, 400, "at least 1"),
+        (COMPLETIONS, {"prompt": "a", "max_tokens": "x"}, 400, "integer"),
+        (COMPLETIONS, {"prompt": [1] * 5000}, 400, "maximum context length is 4096"),
+        (COMPLETIONS, {"model": "nope", "prompt": "a"}, 404, "does not exist"),
     ],
 )
 async def test_what_makes_no_sense_is_refused_in_openais_shape(
@@ -228,7 +217,7 @@ async def test_a_client_that_goes_away_gives_its_blocks_back(site: Site) -> None
 async def test_metrics_have_vllms_names(site: Site) -> None:
     [engine] = await site.engines("--blocks", "100")
     for _ in range(2):
-        await site.post(engine + "/v1/completions", {"prompt": list(range(64)), "max_tokens": 2})
+        await site.post(engine + COMPLETIONS, {"prompt": list(range(64)), "max_tokens": 2})
     names = ("prefix_cache_queries", "prefix_cache_hits", "prompt_tokens", "generation_tokens", "request_success")
     found = [await site.metric(engine, f"vllm:{name}_total") for name in names]
     assert found == [128, 48, 128, 4, 2]
@@ -241,14 +230,14 @@ async def test_a_decode_engine_has_its_prompt_computed_by_the_source_that_the_ro
     [decode] = await routed.engines("--id", "d", "--role", "decode")
     await routed.ready(2)
     body = {"prompt": list(range(4000)), "max_tokens": 4}
-    answer = await routed.post(routed.router + "/v1/completions", body)
+    answer = await routed.post(routed.router + COMPLETIONS, body)
     assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] == 3999
     assert await routed.metric(prefill, "vllm:prompt_tokens_total") == 3999
     assert await routed.metric(prefill, "vllm:generation_tokens_total") == 1
     assert await routed.metric(decode, "vllm:llmd_orders_total") == 1
     assert await routed.metric(decode, "vllm:external_prefix_cache_hits_total") == 3999
     assert await routed.metric(decode, "vllm:llmd_fallbacks_total") == 0
-    alone = await routed.post(prefill + "/v1/completions", body)
+    alone = await routed.post(prefill + COMPLETIONS, body)
     assert alone["choices"] == answer["choices"]
 
 
@@ -263,7 +252,7 @@ async def test_if_its_source_fails_an_engine_computes_the_prompt_itself(routed: 
     [decode] = await routed.engines("--id", "d", "--role", "decode")
     await routed.ready(2)
     body = {"prompt": list(range(4000)), "max_tokens": 4, "kv_transfer_params": {"llmd": {"source": "p"}}}
-    whole = await routed.post(prefill + "/v1/completions", {"prompt": body["prompt"], "max_tokens": 4})
+    whole = await routed.post(prefill + COMPLETIONS, {"prompt": body["prompt"], "max_tokens": 4})
     if failure == "unknown":
         body["kv_transfer_params"] = {"llmd": {"source": "nobody"}}
     elif failure == "stall-midway":
@@ -273,12 +262,12 @@ async def test_if_its_source_fails_an_engine_computes_the_prompt_itself(routed: 
     else:
         await routed.post(prefill + "/sim/failures", {"answers": failure})
     if failure == "stall-midway":
-        asking = asyncio.create_task(routed.post(decode + "/v1/completions", body))
+        asking = asyncio.create_task(routed.post(decode + COMPLETIONS, body))
         await until(lambda: routed.metric(decode, "vllm:llmd_orders_total"), lambda orders: orders == 1)
         source.end(signal.SIGKILL)
         answer = await asking
     else:
-        answer = await routed.post(decode + "/v1/completions", body)
+        answer = await routed.post(decode + COMPLETIONS, body)
     assert answer["choices"] == whole["choices"]
     assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
     assert await routed.metric(decode, "vllm:llmd_fallbacks_total") == 1
@@ -289,7 +278,7 @@ async def test_an_order_without_the_fleets_secret_is_an_ordinary_request(routed:
     [prefill] = await routed.engines("--id", "p", "--role", "prefill", "--secret", "s")
     [decode] = await routed.engines("--id", "d", "--role", "decode", "--secret", "other")
     await routed.ready(2)
-    await routed.post(routed.router + "/v1/completions", {"prompt": list(range(4000)), "max_tokens": 4})
+    await routed.post(routed.router + COMPLETIONS, {"prompt": list(range(4000)), "max_tokens": 4})
     served = await routed.get(f"{routed.router}/admin/engines")
     loads = {engine["id"]: engine["load"] for engine in served["engines"]}
     assert loads["p"]["orders_served"] == 0
@@ -325,8 +314,8 @@ async def test_kv_events_are_those_of_vllm_and_can_be_replayed(site: Site, form:
         subscriber.subscribe(b"")
         subscriber.connect(address["kv_events"])
         asker.connect(address["kv_events_replay"])
-        await site.post(engine + "/v1/completions", {"prompt": list(range(100)), "max_tokens": 1})
-        await site.post(engine + "/v1/completions", {"prompt": list(range(500, 600)), "max_tokens": 1})
+        await site.post(engine + COMPLETIONS, {"prompt": list(range(100)), "max_tokens": 1})
+        await site.post(engine + COMPLETIONS, {"prompt": list(range(500, 600)), "max_tokens": 1})
         await site.client.post(engine + "/reset_prefix_cache")
         await asker.send_multipart((b"", (0).to_bytes(8, "big")))
         batches = []
@@ -349,6 +338,34 @@ async def test_kv_events_are_those_of_vllm_and_can_be_replayed(site: Site, form:
     assert {type(each) for event in stored for each in event["block_hashes"]} == {bytes if hashes == "bytes" else int}
     assert stored[0]["parent_block_hash"] is None and stored[0]["medium"] == "GPU"
     assert len(chain_names(range(96), 16)) == sum(len(event["block_hashes"]) for event in stored) // 2
+
+
+@pytest.mark.parametrize(("form", "hashes"), [("map", "int"), ("array", "bytes")])
+async def test_a_router_that_takes_stock_engines_indexes_it_by_its_kv_events(
+    site: Site, tmp_path: Path, form: str, hashes: str
+) -> None:
+    flags = ("--kv-events-form", form, "--kv-events-hashes", hashes, "--kv-events-port", "0")
+    [engine] = await site.engines(*flags, "--model", "m", "--model", "adapter", "--blocks", "40")
+    [address] = site.fleets[-1].addresses()
+    said = f"http={engine},events={address['kv_events']},replay={address['kv_events_replay']},id=stock"
+    router = Router(tmp_path / "router.log", ("--stock-engine", said))
+    for number, more in enumerate(({}, {"cache_salt": "tenant"}, {"model": "adapter"}, {}, {})):
+        await site.post(engine + COMPLETIONS, {"prompt": list(range(number, number + 200)), "max_tokens": 20, **more})
+    await router.start()
+    try:
+        for number in range(3, 6):
+            prompt = {"prompt": list(range(number, number + 200)), "max_tokens": 20}
+            await until(lambda: site.get(router.http + "/health"), lambda health: health.get("ready") == 1)
+            assert (await site.post(router.http + COMPLETIONS, prompt))["status"] == 200
+
+        async def differ() -> set[str]:
+            index = await site.get(router.http + "/admin/index/stock")
+            return set(index["names"]) ^ set((await site.get(engine + "/sim/cache"))["gpu"])
+
+        await until(differ, lambda names: not names)
+        assert len((await site.get(engine + "/sim/cache"))["gpu"]) > 30
+    finally:
+        assert router.end(signal.SIGTERM) == 0, router.log.read_text()
 
 
 def _fields(kind: str) -> tuple[str, ...]:
@@ -387,7 +404,7 @@ async def test_an_engine_that_lies_has_less_than_the_router_believes(routed: Sit
     [engine] = await routed.engines("--blocks", "16", "--failures", '{"lies": 1}')
     await routed.ready(1)
     bodies = [{"prompt": list(range(first, first + 160)), "max_tokens": 1} for first in (0, 1000, 0)]
-    _, _, again = [await routed.post(routed.router + "/v1/completions", body) for body in bodies]
+    _, _, again = [await routed.post(routed.router + COMPLETIONS, body) for body in bodies]
 
     async def predicted() -> float:
         async with routed.client.get(routed.router + "/metrics") as response:

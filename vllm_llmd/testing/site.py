@@ -1,11 +1,7 @@
 """A router process, fake engines and a client, over real ZeroMQ and HTTP."""
 
 import asyncio
-import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -16,6 +12,7 @@ import aiohttp
 
 from vllm_llmd.names import Epoch
 from vllm_llmd.testing.fake_engine import FakeEngine, FakeSettings
+from vllm_llmd.testing.process import ServerProcess
 
 DEADLINE_S: Final = 20.0
 
@@ -36,46 +33,25 @@ async def until(ask: Callable[[], Awaitable[T]], wanted: Callable[[T], bool]) ->
         await asyncio.sleep(0.02)
 
 
-@dataclass
 class Router:
     """One router process, which can be killed and started again on the same ports."""
 
-    log: Path
-    flags: tuple[str, ...]
-    process: subprocess.Popen[str] | None = None
-    http: str = ""
-    zmq: str = ""
+    def __init__(self, log: Path, flags: tuple[str, ...]) -> None:
+        self.log = log
+        self.http = self.zmq = ""
+        self._process = ServerProcess("vllm_llmd.router.main", flags, log)
+
+    @property
+    def running(self) -> bool:
+        return self._process.running
 
     async def start(self) -> None:
-        line = await asyncio.to_thread(self._spawn)
-        ports = json.loads(line)
-        self.http, self.zmq = ports["http"], ports["router"]
-
-    def _spawn(self) -> str:
-        again = ("--port", self.http.rpartition(":")[2], "--bind", self.zmq) if self.http else ()
-        command = [sys.executable, "-m", "vllm_llmd.router.main", "--port", "0", "--bind", "tcp://127.0.0.1:0"]
-        with self.log.open("ab") as log:
-            self.process = subprocess.Popen(
-                [*command, *self.flags, *again],
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
-                env=os.environ | {"PYTHONSAFEPATH": "1"},
-            )
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            self.end(signal.SIGKILL)
-            raise AssertionError(self.log.read_text())
-        return line
+        port, bind = (self.http.rpartition(":")[2], self.zmq) if self.http else ("0", "tcp://127.0.0.1:0")
+        said = await asyncio.to_thread(self._process.start, "--port", port, "--bind", bind)
+        self.http, self.zmq = said["http"], said["router"]
 
     def end(self, number: signal.Signals) -> int:
-        assert self.process is not None and self.process.stdout is not None
-        self.process.send_signal(number)
-        status = self.process.wait(timeout=DEADLINE_S)
-        self.process.stdout.close()
-        self.process = None
-        return status
+        return self._process.end(number)
 
 
 @dataclass
