@@ -8,6 +8,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from vllm_llmd.router import sse
 from vllm_llmd.router.sse import EVENT_BYTES, Splitter
 from vllm_llmd.router.usage import Asked, Body, Unasked, Usage, read_usage, tells_of_its_prompt
 
@@ -132,6 +133,24 @@ def test_any_kind_of_line_end_and_event_gives_the_same_wherever_it_is_cut(
     whole, pieces = Unasked(stamp=b""), Unasked(stamp=b"")
     assert passed(pieces, cut(stream, at)) == passed(whole, [stream])
     assert pieces.usage == whole.usage
+
+
+@given(st.lists(st.tuples(st.integers(0, 60), ends), max_size=5), usages, places, st.integers(1, 140))
+def test_events_on_either_side_of_the_limit_give_the_same_wherever_they_are_cut(
+    before: list[tuple[int, bytes]], usage: bytes, at: list[int], limit: int
+) -> None:
+    stream = b"".join(b"data: " + b"x" * size + end for size, end in before) + usage + b"\n\n" + DONE
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sse, "EVENT_BYTES", limit)
+        whole, pieces = Unasked(stamp=b""), Unasked(stamp=b"")
+        chunks = cut(stream, at)
+        out = b""
+        for chunk in chunks:
+            out += pieces.feed(chunk)
+            assert len(pieces._events._held) <= limit + 3
+        assert out + pieces.end() == passed(whole, [stream])
+        assert pieces.usage == whole.usage
+        assert (whole.usage == SEEN) == (len(usage) + 2 <= limit)
 
 
 @given(st.binary(max_size=80), places)
