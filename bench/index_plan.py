@@ -18,6 +18,7 @@ PARTS: dict[str, tuple[str, ...]] = {
     "route": ("route_100k_tokens_p50_ms",),
     "lag": ("lag_p99_ms",),
     "join": ("join_exact_s",),
+    "publish": ("publish_cost_pct",),
 }
 """A part is a module `index_<part>` with `measure(settings: Settings) -> Found`; these are its figures."""
 
