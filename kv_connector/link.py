@@ -10,7 +10,7 @@ import math
 import socket
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from types import MappingProxyType
@@ -159,7 +159,8 @@ class _Connection:
 class EngineLink:
     """Tells every router what this engine holds and how loaded it is, and learns from them who else there is.
 
-    `publish` and `seen` are for the engine thread: they cost an append and a wake-up. `members` is for any thread.
+    `publish` and `seen` are for the engine thread: they cost an append, and `publish` a wake-up. `members` is for any
+    thread.
     """
 
     def __init__(
@@ -190,6 +191,10 @@ class EngineLink:
         except ConfigError:
             self._release(0)
             raise
+        self._poller = zmq.Poller()
+        self._poller.register(self._wake_in, zmq.POLLIN)
+        for connection in self._connections:
+            self._poller.register(connection.socket, zmq.POLLIN)
         self._thread = threading.Thread(target=self._run, name="llmd-link", daemon=True)
 
     def start(self) -> None:
@@ -202,9 +207,13 @@ class EngineLink:
         """Tells of a net change of a tier of the prefix cache: clear, then remove, then store. Does not block."""
         if cleared or removed or stored:
             self._hand_over(Change(cleared, removed, stored, tier))
+            self._wake()
 
     def seen(self, request: str, prompt_tokens: int, names: Sequence[BlockName]) -> None:
-        """Tells of the block names of a prompt, under the router's name for the request. Does not block."""
+        """Tells of the block names of a prompt, under the router's name for the request. Does not block.
+
+        It goes with the next change, which the end of the prompt's last step brings, or else the next heartbeat.
+        """
         self._hand_over(Seen(request, prompt_tokens, names))
 
     def members(self) -> Mapping[EngineId, EngineInfo]:
@@ -226,7 +235,6 @@ class EngineLink:
     def _hand_over(self, item: Change | Seen) -> None:
         if not (self._closing or self._dead):
             self._queue.append(item)
-            self._wake()
 
     def _wake(self) -> None:
         try:
@@ -249,25 +257,22 @@ class EngineLink:
             self._release(GOODBYE_LINGER_MS)
 
     def _turn(self) -> None:
-        self._wait()
+        readable = self._wait()
         now_ms = self._clock.now_ms()
         self._drain_queue()
         for connection in self._connections:
-            owed = self._receive(connection, now_ms) | connection.dialogue.due(now_ms)
-            self._pay(connection, owed)
+            heard = self._receive(connection, now_ms) if connection.socket in readable else set()
+            self._pay(connection, heard | connection.dialogue.due(now_ms))
 
-    def _wait(self) -> None:
-        poller = zmq.Poller()
-        poller.register(self._wake_in, zmq.POLLIN)
-        for connection in self._connections:
-            poller.register(connection.socket, zmq.POLLIN)
+    def _wait(self) -> Collection[object]:
+        """Until something is to be done. Which sockets have something to read."""
         now_ms = self._clock.now_ms()
         due_in_ms = [connection.dialogue.next_due_ms - now_ms for connection in self._connections]
-        poller.poll(math.ceil(max(min([IDLE_POLL_MS, *due_in_ms]), 0.0)))
-        try:
+        ready = self._poller.poll(math.ceil(max(min([IDLE_POLL_MS, *due_in_ms]), 0.0)))
+        readable = [end for end, _ in ready]
+        if self._wake_in.fileno() in readable:
             self._wake_in.recv(4096)
-        except BlockingIOError:
-            return
+        return readable
 
     def _drain_queue(self) -> None:
         while self._queue:

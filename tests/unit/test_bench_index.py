@@ -17,6 +17,7 @@ from index_fleet import FilledFleet
 from index_join import endpoint, exact
 from index_lag import lags_ms, rate
 from index_plan import KEYS, PARTS, kept, last_line
+from index_publish import cost_pct, report
 from index_storm import Engine, Storm
 from index_values import Arms, Found, Settings, quartiles
 
@@ -129,3 +130,16 @@ def test_an_engine_in_a_storm_holds_as_many_blocks_after_a_change_as_before_it()
         assert (heartbeat.seq, heartbeat.blocks) == (3, 6)
         assert heartbeat.digest == functools.reduce(operator.xor, held)
         context.destroy(linger=0)
+
+
+def test_publishing_costs_what_the_arm_that_publishes_takes_beyond_the_other() -> None:
+    rounds = [
+        {"arm": arm, "cpu_us": 1000.0, "engine_thread_us": here, "other_threads_us": there}
+        for arm, here, there in (("on", 12.0, 50.0), ("off", 3.0, 41.0), ("on", 14.0, 52.0), ("off", 5.0, 43.0))
+    ]
+    assert cost_pct(rounds, "engine_thread_us") == pytest.approx(0.9)
+    assert any("0.9 %" in line for line in report(rounds_with_wall(rounds)))
+
+
+def rounds_with_wall(rounds: list[dict[str, object]]) -> list[dict[str, object]]:
+    return [{**one, "wall_us": 1100.0} for one in rounds]

@@ -168,6 +168,19 @@ def test_what_a_request_held_is_told(router: BareRouter, start: Start) -> None:
     )
 
 
+def test_what_was_seen_travels_before_the_change_that_follows_it(router: BareRouter, start: Start) -> None:
+    link = start(router.endpoint)
+    router.welcome()
+    router.receive_a(wire.Heartbeat)
+    link.seen("r-1", 40, names(5))
+    link.publish(False, [], names(5))
+    told = router.receive()
+    while isinstance(told, wire.Heartbeat):
+        told = router.receive()
+    assert isinstance(told, wire.RequestSeen)
+    assert router.receive_a(wire.BlocksChanged).seq == 1
+
+
 def test_a_router_that_starts_late_or_again_gets_a_hello(bare: Bare, start: Start) -> None:
     first = bare()
     endpoint = first.endpoint
