@@ -39,20 +39,24 @@ class Selector:
             port = publisher.bind_to_random_port("tcp://127.0.0.1")
             self._publishers.append(publisher)
             self._sent.append(0)
-            await self._service.upsert_worker(
-                {
-                    "worker_id": engine,
-                    "model_name": MODEL,
-                    "block_size": self._block_size,
-                    "endpoint": f"http://127.0.0.1:{engine + 1}",
-                    "kv_events_endpoint": f"tcp://127.0.0.1:{port}",
-                    "total_kv_blocks": blocks,
-                    "max_num_batched_tokens": 8192,
-                }
-            )
+            await self.listen(engine, f"tcp://127.0.0.1:{port}", blocks)
         for publisher in self._publishers:
             assert await asyncio.to_thread(publisher.poll, SUBSCRIBED_WITHIN_MS), "nobody subscribes"
             publisher.recv()
+
+    async def listen(self, engine: int, endpoint: str, blocks: int) -> None:
+        """Adds an engine that publishes there."""
+        await self._service.upsert_worker(
+            {
+                "worker_id": engine,
+                "model_name": MODEL,
+                "block_size": self._block_size,
+                "endpoint": f"http://127.0.0.1:{engine + 1}",
+                "kv_events_endpoint": endpoint,
+                "total_kv_blocks": blocks,
+                "max_num_batched_tokens": 8192,
+            }
+        )
 
     def store(self, engine: int, names: Sequence[int], parent: int | None, tokens: Sequence[int]) -> None:
         """The engine has stored these blocks after the block `parent`."""
@@ -61,13 +65,13 @@ class Selector:
         self._publishers[engine].send_multipart([b"", struct.pack(">Q", self._sent[engine]), payload])
         self._sent[engine] += 1
 
-    async def settled(self, lasts: Sequence[Sequence[int]]) -> None:
+    async def settled(self, lasts: Sequence[Sequence[int]], look_every_s: float = 0.02) -> None:
         """Waits until each engine is known to hold the whole of its prompt, which has been told of last."""
         deadline = time.monotonic() + EVENTS_APPLIED_WITHIN_S
         for engine, tokens in enumerate(lasts):
             while await self._held(engine, tokens) < len(tokens) // self._block_size:
                 assert time.monotonic() < deadline, f"Dynamo has not taken in what engine {engine} holds"
-                await asyncio.sleep(0.02)
+                await asyncio.sleep(look_every_s)
 
     async def _held(self, engine: int, tokens: Sequence[int]) -> int:
         found = await self._service.overlap_scores({"model_name": MODEL, "token_ids": list(tokens)})

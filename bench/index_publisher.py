@@ -1,0 +1,126 @@
+"""Engines that publish KV events in vLLM's form over ZeroMQ as fast as they can, in a process of their own."""
+
+import multiprocessing
+import time
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
+from typing import Any
+
+import msgspec
+import numpy as np
+import zmq
+
+CHAIN_MESSAGES = 16
+"""Messages of one prompt, each block's parent being in the one before."""
+
+VOCABULARY = 150_000
+SUBSCRIBED_WITHIN_MS = 20_000
+
+
+class Publisher:
+    """The other end of the process. What is published is made anew by `prepare`, and sent by every `send`."""
+
+    def __init__(self, engines: int, messages: int, blocks: int, block_size: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._here, there = context.Pipe()
+        self._process = context.Process(target=_serve, args=(there, engines, messages, blocks, block_size), daemon=True)
+        self._process.start()
+
+    def prepare(self, seed: int) -> list[list[int]]:
+        """Different blocks for each seed. The token ids of each engine's last prompt."""
+        return self._ask("prepare", seed)  # type: ignore[no-any-return]
+
+    def bind(self) -> list[str]:
+        """Fresh sockets: their endpoints."""
+        return self._ask("bind", None)  # type: ignore[no-any-return]
+
+    def wait_for_subscribers(self) -> None:
+        self._ask("wait_for_subscribers", None)
+
+    def send(self) -> None:
+        """Begins to send everything. Returns at once."""
+        self._here.send(("send", None))
+
+    def sent(self) -> float:
+        """Seconds that it took to hand everything to ZeroMQ."""
+        return self._here.recv()  # type: ignore[no-any-return]
+
+    def close(self) -> None:
+        self._process.terminate()
+        self._process.join()
+
+    def _ask(self, what: str, argument: Any) -> Any:
+        self._here.send((what, argument))
+        return self._here.recv()
+
+
+class _Engines:
+    def __init__(self, engines: int, messages: int, blocks: int, block_size: int) -> None:
+        self._engines = engines
+        self._messages = messages
+        self._blocks = blocks
+        self._block_size = block_size
+        self._context = zmq.Context()
+        self._sockets: list[zmq.Socket[bytes]] = []
+        self._frames: list[list[tuple[bytes, bytes, bytes]]] = []
+
+    def prepare(self, seed: int) -> list[list[int]]:
+        rng = np.random.default_rng(seed)
+        self._frames.clear()
+        lasts = []
+        for _ in range(self._engines):
+            frames, tokens = [], []
+            for number, event in enumerate(self._events(rng)):
+                tokens = tokens * (event["parent_block_hash"] is not None) + event["token_ids"]
+                frames.append((b"", number.to_bytes(8, "big"), msgspec.msgpack.encode([0.5, [event], 0])))
+            self._frames.append(frames)
+            lasts.append(tokens)
+        return lasts
+
+    def _events(self, rng: np.random.Generator) -> Iterator[dict[str, Any]]:
+        """As vLLM 0.32 writes them."""
+        parent = None
+        for number in range(self._messages):
+            hashes = rng.integers(1, 1 << 64, self._blocks, np.uint64).tolist()
+            yield {
+                "type": "BlockStored",
+                "block_hashes": hashes,
+                "parent_block_hash": parent if number % CHAIN_MESSAGES else None,
+                "token_ids": rng.integers(0, VOCABULARY, self._blocks * self._block_size).tolist(),
+                "block_size": self._block_size,
+                "lora_id": None,
+                "medium": "GPU",
+                "lora_name": None,
+                "extra_keys": [None] * self._blocks,
+                "group_idx": 0,
+                "kv_cache_spec_kind": "full_attention",
+            }
+            parent = hashes[-1]
+
+    def bind(self, _: None) -> list[str]:
+        for socket in self._sockets:
+            socket.close(linger=0)
+        self._sockets = [self._context.socket(zmq.XPUB) for _ in range(self._engines)]
+        for socket in self._sockets:
+            socket.setsockopt(zmq.SNDHWM, 0)
+        return [f"tcp://127.0.0.1:{socket.bind_to_random_port('tcp://127.0.0.1')}" for socket in self._sockets]
+
+    def wait_for_subscribers(self, _: None) -> None:
+        for socket in self._sockets:
+            assert socket.poll(SUBSCRIBED_WITHIN_MS), "nobody subscribes"
+            socket.recv()
+
+    def send(self, _: None) -> float:
+        began = time.perf_counter()
+        for turn in zip(*self._frames, strict=True):
+            for socket, frames in zip(self._sockets, turn, strict=True):
+                socket.send_multipart(frames)
+        return time.perf_counter() - began
+
+
+def _serve(there: Connection, *shape: int) -> None:
+    engines = _Engines(*shape)
+    while True:
+        what, argument = there.recv()
+        there.send(getattr(engines, what)(argument))
+

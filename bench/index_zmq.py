@@ -1,0 +1,95 @@
+"""From ZeroMQ messages in vLLM's wire form to the index, against Dynamo's `SelectionService`.
+
+Engines in another process publish messages of 32 blocks of 16 tokens, each block new. The sides take turns, each with
+fresh sockets and an empty index. Time runs from the order to send until the side knows every block: ours by its count,
+Dynamo's by what it says of the last prompt of every engine.
+"""
+
+import asyncio
+import time
+from dataclasses import dataclass, field
+
+import uvloop
+from index_dynamo import Selector
+from index_publisher import Publisher
+from index_values import Arms, Found, Settings, in_turn
+
+from vllm_llmd.clock import MonotonicClock
+from vllm_llmd.kernels import hash_chain_cpu, kv_events_cpu, prefix_table_cpu
+from vllm_llmd.router.fleet import Fleet
+from vllm_llmd.router.settings import RouterSettings
+from vllm_llmd.router.stock_fleet import StockFleet
+from vllm_llmd.router.stock_poll import Report
+from vllm_llmd.router.stock_report import Models
+from vllm_llmd.router.stock_settings import StockEngine
+
+ENGINES = 8
+MESSAGES = 4_000
+BLOCKS = 32
+BLOCK_SIZE = 16
+LOOK_EVERY_S = 0.002
+GIVE_UP_AFTER_S = 120.0
+
+
+@dataclass
+class Run:
+    """One side's turn. `sent_s` is how long the publisher needed, which bounds what anyone can do."""
+
+    publisher: Publisher
+    lasts: list[list[int]]
+    sent_s: list[float] = field(default_factory=list)
+
+    async def ours(self) -> float:
+        engines = tuple(
+            StockEngine(http=f"http://127.0.0.1:{number + 1}", events=endpoint)
+            for number, endpoint in enumerate(self.publisher.bind())
+        )
+        settings, clock = RouterSettings(stock_engine=engines, index_blocks=2 * ENGINES * MESSAGES * BLOCKS), MonotonicClock()
+        fleet = Fleet(settings, clock, "bench")
+        stock = StockFleet(settings, fleet, clock)
+        for engine in engines:
+            stock.heard(engine, Report(Models(("m",), 131_072), None))
+        await asyncio.to_thread(self.publisher.wait_for_subscribers)
+        began = time.perf_counter()
+        self.publisher.send()
+        while sum(fleet.index.contents(each.info.id).blocks for each in fleet.membership.all()) < ENGINES * MESSAGES * BLOCKS:
+            assert time.perf_counter() - began < GIVE_UP_AFTER_S, "our index does not come to hold every block"
+            await asyncio.sleep(LOOK_EVERY_S)
+        took_s = time.perf_counter() - began
+        self.sent_s.append(self.publisher.sent())
+        stock.close()
+        return took_s
+
+    async def dynamo(self) -> float:
+        selector = Selector(BLOCK_SIZE)
+        for number, endpoint in enumerate(self.publisher.bind()):
+            await selector.listen(number, endpoint, 2 * MESSAGES * BLOCKS)
+        await asyncio.to_thread(self.publisher.wait_for_subscribers)
+        began = time.perf_counter()
+        self.publisher.send()
+        await selector.settled(self.lasts, LOOK_EVERY_S)
+        took_s = time.perf_counter() - began
+        self.publisher.sent()
+        selector.close()
+        return took_s
+
+
+def measure(settings: Settings) -> Found:
+    for kernels in (hash_chain_cpu, prefix_table_cpu, kv_events_cpu):
+        kernels.compile_ahead()
+    arms = Arms("from vLLM's ZeroMQ messages", "blocks/s", more_is_better=True)
+    publisher = Publisher(ENGINES, MESSAGES, BLOCKS, BLOCK_SIZE)
+    sent_s: list[float] = []
+    try:
+        for number in range(settings.rounds):
+            run = Run(publisher, publisher.prepare(number), sent_s)
+            for values, side in in_turn((arms.ours, run.ours), (arms.dynamo, run.dynamo)):
+                values.append(ENGINES * MESSAGES * BLOCKS / uvloop.run(side()))
+    finally:
+        publisher.close()
+    sending = ENGINES * MESSAGES * BLOCKS / min(sent_s)
+    return Found(
+        {"zmq_vs_dynamo": arms.speed_up},
+        [arms],
+        [f"the publisher sends {sending:.4g} blocks/s at most to us"],
+    )
