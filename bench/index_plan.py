@@ -14,6 +14,7 @@ PARTS: dict[str, tuple[str, ...]] = {
         "hash512_vs_dynamo",
         "bytes_per_block",
     ),
+    "zmq": ("zmq_vs_dynamo",),
     "select": ("select_vs_dynamo",),
     "route": ("route_100k_tokens_p50_ms",),
     "lag": ("lag_p99_ms",),

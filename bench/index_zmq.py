@@ -20,13 +20,15 @@ from vllm_llmd.router.fleet import Fleet
 from vllm_llmd.router.settings import RouterSettings
 from vllm_llmd.router.stock_fleet import StockFleet
 from vllm_llmd.router.stock_poll import Report
-from vllm_llmd.router.stock_report import Models
+from vllm_llmd.router.stock_report import Models, read_metrics
 from vllm_llmd.router.stock_settings import StockEngine
 
 ENGINES = 8
 MESSAGES = 4_000
 BLOCKS = 32
 BLOCK_SIZE = 16
+ALL_BLOCKS = ENGINES * MESSAGES * BLOCKS
+METRICS = f'vllm:cache_config_info{{block_size="{BLOCK_SIZE}",num_gpu_blocks="{MESSAGES * BLOCKS}"}} 1.0'
 LOOK_EVERY_S = 0.002
 GIVE_UP_AFTER_S = 120.0
 
@@ -44,15 +46,15 @@ class Run:
             StockEngine(http=f"http://127.0.0.1:{number + 1}", events=endpoint)
             for number, endpoint in enumerate(self.publisher.bind())
         )
-        settings, clock = RouterSettings(stock_engine=engines, index_blocks=2 * ENGINES * MESSAGES * BLOCKS), MonotonicClock()
+        settings, clock = RouterSettings(stock_engine=engines, index_blocks=2 * ALL_BLOCKS), MonotonicClock()
         fleet = Fleet(settings, clock, "bench")
         stock = StockFleet(settings, fleet, clock)
         for engine in engines:
-            stock.heard(engine, Report(Models(("m",), 131_072), None))
+            stock.heard(engine, Report(Models(("m",), 131_072), read_metrics(METRICS)))
         await asyncio.to_thread(self.publisher.wait_for_subscribers)
         began = time.perf_counter()
         self.publisher.send()
-        while sum(fleet.index.contents(each.info.id).blocks for each in fleet.membership.all()) < ENGINES * MESSAGES * BLOCKS:
+        while blocks_in(fleet) < ALL_BLOCKS:
             assert time.perf_counter() - began < GIVE_UP_AFTER_S, "our index does not come to hold every block"
             await asyncio.sleep(LOOK_EVERY_S)
         took_s = time.perf_counter() - began
@@ -74,6 +76,10 @@ class Run:
         return took_s
 
 
+def blocks_in(fleet: Fleet) -> int:
+    return sum(fleet.index.contents(engine.info.id).blocks for engine in fleet.membership.all())
+
+
 def measure(settings: Settings) -> Found:
     for kernels in (hash_chain_cpu, prefix_table_cpu, kv_events_cpu):
         kernels.compile_ahead()
@@ -84,10 +90,10 @@ def measure(settings: Settings) -> Found:
         for number in range(settings.rounds):
             run = Run(publisher, publisher.prepare(number), sent_s)
             for values, side in in_turn((arms.ours, run.ours), (arms.dynamo, run.dynamo)):
-                values.append(ENGINES * MESSAGES * BLOCKS / uvloop.run(side()))
+                values.append(ALL_BLOCKS / uvloop.run(side()))
     finally:
         publisher.close()
-    sending = ENGINES * MESSAGES * BLOCKS / min(sent_s)
+    sending = ALL_BLOCKS / min(sent_s)
     return Found(
         {"zmq_vs_dynamo": arms.speed_up},
         [arms],

@@ -24,7 +24,6 @@ whose parent is unknown, since the start."""
 
 COUNTS = 6
 SMALLEST = 1 << 10
-AHEAD = 32
 SLOT_BYTES = 32
 NOTHING, ONE = np.uint64(0), np.uint64(1)
 MIX, HALF = np.uint64(0x9E3779B97F4A7C15), np.uint64(32)
@@ -37,16 +36,16 @@ class NameTable:
         self.counts: Counts = np.zeros(COUNTS, np.int64)
         self.stored: Names = np.empty(SMALLEST, np.uint64)
         self.removed: Names = np.empty(SMALLEST, np.uint64)
-        self.clear()
+        self.table: Table = np.zeros((SMALLEST, 4), np.uint64)
 
     def clear(self) -> None:
         """Nothing is cached any more."""
-        self.table: Table = np.zeros((SMALLEST, 4), np.uint64)
+        self.table[:] = NOTHING
         self.counts[TAKEN] = 0
         self.forget_changes()
 
-    def make_room(self, keys: int) -> None:
-        """For an event or several with so many blocks in all."""
+    def expect(self, keys: int) -> None:
+        """Makes the table large enough for so many more keys."""
         slots = len(self.table)
         while not has_room(slots, self.counts[TAKEN], keys):
             slots *= 2
@@ -54,6 +53,10 @@ class NameTable:
             table = np.zeros((slots, 4), np.uint64)
             _move_all(self.table, table)
             self.table = table
+
+    def make_room(self, keys: int) -> None:
+        """For an event or several with so many blocks in all."""
+        self.expect(keys)
         for name, used in (("stored", self.counts[STORED]), ("removed", self.counts[REMOVED])):
             old = getattr(self, name)
             if used + keys > len(old):
@@ -106,11 +109,9 @@ def _find(table: Table, key: np.uint64) -> int:
 
 
 @compiled
-def _fetch(table: Table, keys: Names, first: int) -> None:
-    """Asks the memory for where the next keys would be if they were alone."""
-    address = table.ctypes.data
-    for i in range(first, min(first + AHEAD, len(keys))):
-        prefetch(address, _home(table, keys[i]) * SLOT_BYTES)
+def fetch(table: Table, key: np.uint64) -> None:
+    """Asks the memory for where a key would be if it were alone. It does so for many at a time, and waits for none."""
+    prefetch(table.ctypes.data, _home(table, key) * SLOT_BYTES)
 
 
 @compiled
@@ -142,8 +143,6 @@ def store_run(
     size = block_size * TOKEN_BYTES
     address = tokens.ctypes.data
     for i in range(first, len(keys)):
-        if (i - first) % AHEAD == 0:
-            _fetch(table, keys, i)
         seed = name ^ digests[i] if len(digests) else name
         name = hash_at(address + i * size, size, seed)
         if name == NOTHING:
@@ -162,8 +161,6 @@ def store_run(
 @compiled
 def remove_run(table: Table, counts: Counts, keys: Names, stored: Names, removed: Names) -> None:
     for i in range(len(keys)):
-        if i % AHEAD == 0:
-            _fetch(table, keys, i)
         row = _find(table, keys[i])
         if table[row, KEY] == NOTHING:
             continue

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_llmd.errors import MalformedMessageError
-from vllm_llmd.kernels import kv_events
+from vllm_llmd.kernels import frames_cpu, kv_events
 from vllm_llmd.kernels.block_names import Cleared, Removed, Stored, digests_of
 from vllm_llmd.kernels.block_names_cpu import (
     REMOVED,
@@ -26,6 +26,7 @@ from vllm_llmd.kernels.block_names_cpu import (
     remove_run,
     store_run,
 )
+from vllm_llmd.kernels.frames_cpu import Frames, frames_of
 from vllm_llmd.kernels.hash_chain import Names, token_bytes
 from vllm_llmd.kernels.hash_chain_cpu import UNSALTED, TokenIds, xxh64
 from vllm_llmd.kernels.kv_events import Reported
@@ -50,6 +51,7 @@ from vllm_llmd.kernels.memory_cpu import compiled
 DONE, UNUSUAL, FULL = 0, 1, 2
 SIZE_FACT, GROUP_FACT, SKIPPED_GROUP, SKIPPED_SIZE = 0, 1, 2, 3
 FACTS = 4
+MOST_EXPECTED = 1 << 22
 
 
 class Follower:
@@ -81,6 +83,10 @@ class Follower:
         self._counted.other_size = int(self._facts[SKIPPED_SIZE])
         return self._counted
 
+    def expect(self, blocks: int) -> None:
+        """The engine's pool has so many: it is less work to know that before they come."""
+        self._names.expect(min(blocks, MOST_EXPECTED) - self.blocks)
+
     def forget(self) -> None:
         """The engine's life is over, or lost from sight: whatever comes next is of an empty cache."""
         self._names.clear()
@@ -89,14 +95,17 @@ class Follower:
 
     def follow(self, payloads: Sequence[bytes]) -> Change:
         """What the payloads change, in all. One that is malformed is counted and passed over."""
-        sizes = np.array([len(payload) for payload in payloads], np.int64)
-        ends = np.cumsum(sizes)
-        self._scratch = self._scratch.for_payloads_of(int(sizes.max(initial=0)))
-        data, at = np.frombuffer(b"".join(payloads), np.uint8), 0
-        while at < len(payloads):
-            at, reason, keys = self._run(data, ends - sizes, ends, at)
+        return self.follow_frames(frames_of([(0, payload) for payload in payloads]))
+
+    def follow_frames(self, frames: Frames) -> Change:
+        """The same, of payloads as they are received."""
+        starts, ends = np.ascontiguousarray(frames.starts), np.ascontiguousarray(frames.ends)
+        self._scratch = self._scratch.for_payloads_of(int((ends - starts).max(initial=0)))
+        at = 0
+        while at < len(frames):
+            at, reason, keys = self._run(frames.data, starts, ends, at)
             if reason == UNUSUAL:
-                self._take(payloads[at])
+                self._take(frames.payload(at))
                 at += 1
             elif reason == FULL:
                 self._names.make_room(keys)
@@ -159,8 +168,11 @@ class _Scratch:
 
 def compile_ahead() -> None:
     """Compiles every kernel or loads it from numba's cache, so that no message has to wait for that."""
+    frames_cpu.compile_ahead()
     NameTable().make_room(SMALLEST)
     Follower().follow([b"", b"\x92\xcb" + bytes(8) + b"\x90"])
+    nothing, arena = np.empty(0, np.int64), np.empty(0, np.uint8)
+    Follower().follow_frames(Frames(nothing, arena, nothing, nothing))
     follower = Follower()
     for event in (Stored((1,), None, [1], None), Stored((2,), 1, [1], [["x"]]), Removed((1,))):
         follower._apply(Reported(event, block_size=1))
@@ -209,7 +221,7 @@ def _follow(
 ) -> tuple[int, int, int]:
     """Follows payloads from the first on. Which one is next, why it stopped there, and how many hashes that one has."""
     for number in range(first, len(starts)):
-        understood, found, seen = parse(data, starts[number], ends[number], events, parents, keys, tokens)
+        understood, found, seen = parse(data, starts[number], ends[number], events, parents, keys, tokens, table)
         if not understood:
             return number, UNUSUAL, 0
         if (

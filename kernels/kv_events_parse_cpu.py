@@ -7,6 +7,7 @@ is there is not what it reads: no value begins at 0.
 import numpy as np
 import numpy.typing as npt
 
+from vllm_llmd.kernels.block_names_cpu import Table, fetch
 from vllm_llmd.kernels.hash_chain import Names, xxh64
 from vllm_llmd.kernels.hash_chain_cpu import TokenIds, hash_at
 from vllm_llmd.kernels.kv_events import FULL_ATTENTION, LIMIT, REMOVED_FIELDS, STORED_FIELDS
@@ -44,9 +45,12 @@ ZERO, ONE, ALL_BITS = np.uint64(0), np.uint64(1), np.uint64((1 << 64) - 1)
 
 @compiled
 def parse(
-    data: Bytes, start: int, end: int, events: Counts, parents: Names, keys: Names, tokens: TokenIds
+    data: Bytes, start: int, end: int, events: Counts, parents: Names, keys: Names, tokens: TokenIds, table: Table
 ) -> tuple[bool, int, int]:
-    """Whether all of the payload was understood, how many events it holds, and how many block hashes."""
+    """Whether all of the payload was understood, how many events it holds, and how many block hashes.
+
+    The slots of hashes in `table` are asked for on the way: they are there when everything is read.
+    """
     fields, at = _array(data, start, end)
     if at == 0 or fields < 2:
         return False, 0, 0
@@ -63,7 +67,7 @@ def parse(
         event[FIRST_KEY] = event[END_KEY] = used_keys
         event[FIRST_TOKEN] = event[END_TOKEN] = used_tokens
         event[KEEPS_ALL] = 1
-        at = _event(data, at, end, event, parents[i : i + 1], keys, tokens)
+        at = _event(data, at, end, event, parents[i : i + 1], keys, tokens, table)
         if at == 0:
             return False, 0, 0
         used_keys, used_tokens = event[END_KEY], event[END_TOKEN]
@@ -77,7 +81,9 @@ def parse(
 
 
 @compiled
-def _event(data: Bytes, at: int, end: int, event: Event, parent: Names, keys: Names, tokens: TokenIds) -> int:
+def _event(
+    data: Bytes, at: int, end: int, event: Event, parent: Names, keys: Names, tokens: TokenIds, table: Table
+) -> int:
     """Reads one event of a known kind."""
     is_map = at < end and (data[at] & 0xF0 == 0x80 or data[at] in (0xDE, 0xDF))
     count, at = _map(data, at, end) if is_map else _array(data, at, end)
@@ -105,7 +111,7 @@ def _event(data: Bytes, at: int, end: int, event: Event, parent: Names, keys: Na
         if event[SEEN] >> column & 1 and column != OTHER:
             return 0
         event[SEEN] |= 1 << column
-        at = _field(data, at, end, column, event, parent, keys, tokens)
+        at = _field(data, at, end, column, event, parent, keys, tokens, table)
         if at == 0:
             return 0
     needed = NEEDED_BY_STORED if event[IS_STORED] else 1 << HASHES
@@ -122,10 +128,18 @@ def _column(name: np.uint64) -> int:
 
 @compiled
 def _field(
-    data: Bytes, at: int, end: int, column: int, event: Event, parent: Names, keys: Names, tokens: TokenIds
+    data: Bytes,
+    at: int,
+    end: int,
+    column: int,
+    event: Event,
+    parent: Names,
+    keys: Names,
+    tokens: TokenIds,
+    table: Table,
 ) -> int:
     if column == HASHES:
-        return _hashes(data, at, end, event, keys)
+        return _hashes(data, at, end, event, keys, table)
     if column == TOKENS:
         return _tokens(data, at, end, event, tokens)
     if column == OTHER:
@@ -161,7 +175,7 @@ def _field(
 
 
 @compiled
-def _hashes(data: Bytes, at: int, end: int, event: Event, keys: Names) -> int:
+def _hashes(data: Bytes, at: int, end: int, event: Event, keys: Names, table: Table) -> int:
     count, at = _array(data, at, end)
     if at == 0 or count > end - at:
         return 0
@@ -174,7 +188,9 @@ def _hashes(data: Bytes, at: int, end: int, event: Event, keys: Names) -> int:
             key, at = _int(data, at, end)
             if at == 0:
                 return 0
-        keys[place + i] = key if key else ONE
+        key = key if key else ONE
+        fetch(table, key)
+        keys[place + i] = key
     event[END_KEY] = place + count
     return at
 

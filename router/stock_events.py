@@ -9,7 +9,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Final
 
@@ -19,6 +19,7 @@ from vllm_llmd.clock import Clock
 from vllm_llmd.kernels.kv_events_plain import Change
 from vllm_llmd.names import EngineId
 from vllm_llmd.router.stock_settings import Rank
+from vllm_llmd.router.stock_socket import Socket, receiver
 from vllm_llmd.router.stock_stream import Stream
 
 log = logging.getLogger(__name__)
@@ -76,18 +77,19 @@ class StockEvents:
     def __init__(self, outbox: Outbox, clock: Clock) -> None:
         self._outbox = outbox
         self._clock = clock
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._context: zmq.Context[Socket] = zmq.Context()
         self._orders: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._closing = threading.Event()
         self._poller = zmq.Poller()
-        self._listening: dict[zmq.Socket[bytes], Stream] = {}
+        self._receiver = receiver()
+        self._listening: dict[Socket, Stream] = {}
         self.streams: dict[EngineId, Stream] = {}
         self._thread = threading.Thread(target=self._run, name="stock-events", daemon=True)
         self._thread.start()
 
-    def follow(self, rank: Rank) -> None:
-        """From an empty cache on: whatever the engine remembers of its events is asked for."""
-        self._orders.put(lambda: self._follow(rank))
+    def follow(self, rank: Rank, blocks: int) -> None:
+        """From an empty cache of so many blocks on: whatever the engine remembers of its events is asked for."""
+        self._orders.put(lambda: self._follow(rank, blocks))
 
     def close(self) -> None:
         self._closing.set()
@@ -120,10 +122,11 @@ class StockEvents:
         while self._outbox.full and not self._closing.is_set():
             time.sleep(OUTBOX_WAIT_S)
 
-    def _follow(self, rank: Rank) -> None:
+    def _follow(self, rank: Rank, blocks: int) -> None:
         stream = self.streams.get(rank.id)
         if stream is None:
-            stream = self.streams[rank.id] = Stream(rank, self._context)
+            stream = self.streams[rank.id] = Stream(rank, self._context, self._receiver)
+        stream.follower.expect(blocks)
         stream.resync(self._clock.now_ms())
 
     def _listen(self) -> None:
@@ -137,6 +140,6 @@ class StockEvents:
             self._poller.register(socket, zmq.POLLIN)
         self._listening = wanted
 
-    def _post(self, stream: Stream, change: Change | None) -> None:
-        if change is not None:
+    def _post(self, stream: Stream, changes: Iterable[Change]) -> None:
+        for change in changes:
             self._outbox.put(Posted(stream.rank.id, change, stream.follower.block_size))

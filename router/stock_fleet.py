@@ -75,12 +75,12 @@ class StockFleet:
             info = self._info(rank, models, report.scrape)
             if self._fleet.join_stock(info, Stock(rank.number)):
                 log.info("stock engine %s: joined, serving %s", rank.id, ", ".join(models.names))
-                self._events.follow(rank)
+                self._events.follow(rank, info.num_blocks)
             load = None if report.scrape is None else report.scrape.load(rank.number)
             was_stale = self._fleet.heard_of_stock(rank.id, load)
             may_be_another_life = was_stale and rank.id not in self._started_s
             if self._fleet.take_stock_suspect(rank.id) or may_be_another_life:
-                self._events.follow(rank)
+                self._events.follow(rank, info.num_blocks)
 
     def _failed(self, engine: StockEngine, what: str) -> None:
         self.polls_failed[engine.http, what] += 1

@@ -6,6 +6,9 @@ remembers. The numbers heard live only ever grow within a life, so one that does
 
 from typing import Literal
 
+import numpy as np
+import numpy.typing as npt
+
 Live = Literal["take", "old", "gap", "restart"]
 Replayed = Literal["take", "old", "hole"]
 
@@ -33,6 +36,14 @@ class Sequence:
         self._newest_live = number
         self.next += 1
         return "take"
+
+    def live_run(self, numbers: npt.NDArray[np.int64]) -> bool:
+        """Takes one or more messages heard live, if they are exactly those that come next. False: look at each."""
+        last = self.next + len(numbers) - 1
+        if numbers[0] != self.next or numbers[-1] != last or (np.diff(numbers) != 1).any():
+            return False
+        self._newest_live, self.next = last, last + 1
+        return True
 
     def replayed(self, number: int) -> Replayed:
         """A repeated message. A hole says that what lies before it is not remembered."""

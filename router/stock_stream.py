@@ -9,17 +9,15 @@ from typing import Final
 
 import zmq
 
+from vllm_llmd.kernels.frames_cpu import NUMBER_BYTES, Frames, frames_of
 from vllm_llmd.kernels.kv_events_cpu import Follower
 from vllm_llmd.kernels.kv_events_plain import Change
 from vllm_llmd.router.stock_sequence import Sequence
 from vllm_llmd.router.stock_settings import Rank
+from vllm_llmd.router.stock_socket import Receiver, Socket
 
 REPLAY_PATIENCE_MS: Final = 2000
 """How long a replay may be silent."""
-MESSAGES_PER_TURN: Final = 256
-BYTES_PER_TURN: Final = 4 << 20
-NUMBER_BYTES: Final = 8
-LAST_OF_REPLAY: Final = (-1).to_bytes(NUMBER_BYTES, "big", signed=True)
 HIGH_WATER_MARK: Final = 100_000
 
 Message = tuple[int, bytes]
@@ -42,20 +40,21 @@ class Stream:
     """`sockets` are to be polled; whatever comes is taken in by `receive`."""
 
     rank: Rank
-    context: zmq.Context[zmq.Socket[bytes]]
+    context: zmq.Context[Socket]
+    receiver: Receiver
     counts: Events = field(default_factory=Events)
     follower: Follower = field(default_factory=Follower)
 
     def __post_init__(self) -> None:
         self._sequence = Sequence()
         self._held: list[Message] = []
-        self._replay: zmq.Socket[bytes] | None = None
+        self._replay: Socket | None = None
         self._replay_until_ms = 0.0
         self._live = self._open(zmq.SUB, self.rank.events)
         self._live.setsockopt(zmq.SUBSCRIBE, self.rank.topic.encode())
 
     @property
-    def listening(self) -> zmq.Socket[bytes]:
+    def listening(self) -> Socket:
         """The socket that matters now."""
         return self._live if self._replay is None else self._replay
 
@@ -66,19 +65,17 @@ class Stream:
         self._held.clear()
         self._ask(now_ms)
 
-    def receive(self, now_ms: float) -> Change | None:
-        """Takes in some of what has come. None if it changes nothing."""
-        if self._replay is None:
-            payloads = self._take_live(self._some(self._live), now_ms)
-        else:
-            payloads = self._take_replayed(self._replay, now_ms)
-        return self._followed(payloads)
+    def receive(self, now_ms: float) -> list[Change]:
+        """Takes in some of what has come: what it changes."""
+        frames = self.receiver.receive(self.listening)
+        self.counts.misshapen += frames.misshapen
+        if not len(frames):
+            return []
+        return self._take_live(frames, now_ms) if self._replay is None else self._take_replayed(frames, now_ms)
 
-    def tick(self, now_ms: float) -> Change | None:
+    def tick(self, now_ms: float) -> list[Change]:
         """Gives a replay up that does not go on."""
-        if self._replay is None or now_ms < self._replay_until_ms:
-            return None
-        return self._followed(self._end_replay(now_ms))
+        return self._end_replay(now_ms) if self._replay is not None and now_ms >= self._replay_until_ms else []
 
     def close(self) -> None:
         self._live.close(linger=0)
@@ -86,25 +83,29 @@ class Stream:
 
     # --- live -------------------------------------------------------------------------------------------------------
 
-    def _take_live(self, messages: list[Message], now_ms: float) -> list[bytes]:
-        payloads: list[bytes] = []
-        for place, (number, payload) in enumerate(messages):
+    def _take_live(self, frames: Frames, now_ms: float) -> list[Change]:
+        return self._followed(frames if self._sequence.live_run(frames.numbers) else self._next_of(frames, now_ms))
+
+    def _next_of(self, frames: Frames, now_ms: float) -> Frames:
+        """Those that follow what is known, one by one."""
+        taken: list[int] = []
+        for place, number in enumerate(frames.numbers.tolist()):
             standing = self._sequence.live(number)
             if standing == "restart":
                 self.counts.restarts += 1
-                self._forget(payloads)
+                self._forget(taken)
                 self._sequence.restart()
                 standing = self._sequence.live(number)
             if standing == "gap" and self.rank.replay is not None:
-                self._held = messages[place:]
+                self._held = [(int(frames.numbers[i]), frames.payload(i)) for i in range(place, len(frames))]
                 self._ask(now_ms)
                 break
             if standing == "gap":
-                self._pass_over(number, payloads)
+                self._pass_over(number, taken)
                 standing = self._sequence.live(number)
             if standing == "take":
-                payloads.append(payload)
-        return payloads
+                taken.append(place)
+        return frames.only(taken)
 
     # --- replay -----------------------------------------------------------------------------------------------------
 
@@ -116,32 +117,31 @@ class Stream:
         self._replay.send_multipart([b"", self._sequence.next.to_bytes(NUMBER_BYTES, "big")])
         self._replay_until_ms = now_ms + REPLAY_PATIENCE_MS
 
-    def _take_replayed(self, replay: zmq.Socket[bytes], now_ms: float) -> list[bytes]:
-        payloads: list[bytes] = []
-        for number, payload in self._some(replay):
-            self._replay_until_ms = now_ms + REPLAY_PATIENCE_MS
+    def _take_replayed(self, frames: Frames, now_ms: float) -> list[Change]:
+        self._replay_until_ms = now_ms + REPLAY_PATIENCE_MS
+        taken: list[int] = []
+        for place, number in enumerate(frames.numbers.tolist()):
             if number < 0:
-                return [*payloads, *self._end_replay(now_ms)]
+                return [*self._followed(frames.only(taken)), *self._end_replay(now_ms)]
             standing = self._sequence.replayed(number)
             if standing == "hole":
-                self._pass_over(number, payloads)
+                self._pass_over(number, taken)
                 standing = self._sequence.replayed(number)
             if standing == "take":
-                payloads.append(payload)
-        return payloads
+                taken.append(place)
+        return self._followed(frames.only(taken))
 
-    def _end_replay(self, now_ms: float) -> list[bytes]:
+    def _end_replay(self, now_ms: float) -> list[Change]:
         """Goes on with what was held back."""
         self._hang_up()
         held, self._held = self._held, []
         if not held:
             return []
-        payloads: list[bytes] = []
         if held[0][0] > self._sequence.next:
-            self._pass_over(held[0][0], payloads)
+            self._pass_over(held[0][0], [])
         else:
             self.counts.gaps_closed += 1
-        return [*payloads, *self._take_live(held, now_ms)]
+        return self._take_live(frames_of(held), now_ms)
 
     def _hang_up(self) -> None:
         if self._replay is not None:
@@ -150,23 +150,23 @@ class Stream:
 
     # --- both -------------------------------------------------------------------------------------------------------
 
-    def _pass_over(self, number: int, payloads: list[bytes]) -> None:
+    def _pass_over(self, number: int, taken: list[int]) -> None:
         """The gap before this message stays open. Who knows nothing yet has lost nothing by it."""
         if self._sequence.next > 0:
             self.counts.gaps_cleared += 1
-            self._forget(payloads)
+            self._forget(taken)
         self._sequence.pass_over(number)
 
-    def _forget(self, payloads: list[bytes]) -> None:
-        payloads.clear()
+    def _forget(self, taken: list[int]) -> None:
+        taken.clear()
         self.follower.forget()
 
-    def _followed(self, payloads: list[bytes]) -> Change | None:
-        self.counts.messages += len(payloads)
-        change = self.follower.follow(payloads)
-        return change if change.cleared or len(change.removed) or len(change.stored) else None
+    def _followed(self, frames: Frames) -> list[Change]:
+        self.counts.messages += len(frames)
+        change = self.follower.follow_frames(frames)
+        return [change] if change.cleared or len(change.removed) or len(change.stored) else []
 
-    def _open(self, kind: int, endpoint: str) -> zmq.Socket[bytes]:
+    def _open(self, kind: int, endpoint: str) -> Socket:
         socket = self.context.socket(kind)
         for option, value in (
             (zmq.LINGER, 0),
@@ -178,19 +178,3 @@ class Stream:
             socket.setsockopt(option, value)
         socket.connect(endpoint)
         return socket
-
-    def _some(self, socket: zmq.Socket[bytes]) -> list[Message]:
-        """What is there, up to a bound. The last two frames of a message are its number and its payload."""
-        messages: list[Message] = []
-        size = 0
-        while len(messages) < MESSAGES_PER_TURN and size < BYTES_PER_TURN:
-            try:
-                frames = socket.recv_multipart(zmq.DONTWAIT)
-            except zmq.Again:
-                break
-            if len(frames) < 2 or len(frames[-2]) != NUMBER_BYTES:
-                self.counts.misshapen += 1
-                continue
-            size += len(frames[-1])
-            messages.append((int.from_bytes(frames[-2], "big", signed=True), frames[-1]))
-        return messages

@@ -12,7 +12,7 @@ import pytest
 from vllm_llmd.testing.fake_stock_engine import FakeStockEngine
 from vllm_llmd.testing.site import COMPLETIONS, DEADLINE_S, Router, Site, until
 
-FAST = ("--heartbeat-ms", "50", "--stale-after-ms", "600", "--gone-after-ms", "1500")
+FAST = ("--heartbeat-ms", "50", "--stale-after-ms", "2000", "--gone-after-ms", "4000")
 PROMPT = list(range(100, 140))
 OTHER = list(range(200, 220))
 

@@ -1,0 +1,94 @@
+"""Both ways in which messages come out of a socket, over real ZeroMQ."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import zmq
+
+from vllm_llmd.kernels.frames_cpu import MESSAGES, Frames, frames_of
+from vllm_llmd.router.stock_socket import KernelReceiver, PlainReceiver, Receiver, receiver
+
+WITHIN_MS = 5000
+
+
+class Pair:
+    """Two sockets that are connected, and what comes out of the second."""
+
+    def __init__(self, context: "zmq.Context[zmq.Socket[bytes]]", receiver: Receiver) -> None:
+        self.here, self.there = context.socket(zmq.PAIR), context.socket(zmq.PAIR)
+        for socket in (self.here, self.there):
+            socket.setsockopt(zmq.LINGER, 0)
+        self.there.connect(f"tcp://127.0.0.1:{self.here.bind_to_random_port('tcp://127.0.0.1')}")
+        self.receiver = receiver
+
+    def send(self, *frames: bytes) -> None:
+        self.here.send_multipart(frames)
+
+    def receive(self, messages: int) -> list[tuple[int, bytes]]:
+        """Until so many have come."""
+        found: list[tuple[int, bytes]] = []
+        while len(found) < messages:
+            assert self.there.poll(WITHIN_MS)
+            frames = self.receiver.receive(self.there)
+            found += [(number, frames.payload(i)) for i, number in enumerate(frames.numbers.tolist())]
+        return found
+
+
+@pytest.fixture(params=[PlainReceiver, receiver])
+def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
+    with zmq.Context() as context:
+        pair = Pair(context, request.param())
+        yield pair
+        pair.here.close(linger=0)
+        pair.there.close(linger=0)
+
+
+def numbered(number: int) -> bytes:
+    return number.to_bytes(8, "big", signed=True)
+
+
+def test_messages_come_in_order_with_their_numbers(pair: Pair) -> None:
+    sent = [(number, bytes([number % 251]) * (number % 4000)) for number in range(3 * MESSAGES)]
+    for number, payload in sent:
+        pair.send(b"topic", numbered(number), payload)
+    assert pair.receive(len(sent)) == sent
+
+
+def test_an_empty_socket_gives_nothing(pair: Pair) -> None:
+    frames = pair.receiver.receive(pair.there)
+    assert (len(frames), frames.misshapen) == (0, 0)
+
+
+def test_a_replays_frames_and_the_end_of_it_are_read(pair: Pair) -> None:
+    pair.send(b"", b"topic", numbered(7), b"payload")
+    pair.send(b"", numbered(8), b"payload")
+    pair.send(numbered(-1), b"")
+    assert pair.receive(3) == [(7, b"payload"), (8, b"payload"), (-1, b"")]
+
+
+def test_a_message_of_another_shape_is_counted_and_its_neighbours_come(pair: Pair) -> None:
+    for frames in ([b"one"], [b"seven..", b"payload"], [b"", numbered(1), b"good"]):
+        pair.send(*frames)
+    misshapen = 0
+    found: list[tuple[int, bytes]] = []
+    while not found:
+        assert pair.there.poll(WITHIN_MS)
+        frames = pair.receiver.receive(pair.there)
+        misshapen += frames.misshapen
+        found = [(number, frames.payload(i)) for i, number in enumerate(frames.numbers.tolist())]
+    assert found == [(1, b"good")]
+    assert misshapen == 2
+
+
+def test_on_cpython_a_kernel_receives() -> None:
+    assert isinstance(receiver(), KernelReceiver)
+
+
+@pytest.mark.parametrize("places", [[0, 2], slice(1, None), []])
+def test_some_messages_are_chosen(places: Any) -> None:
+    every = [(3, b"abc"), (4, b""), (5, b"de")]
+    frames: Frames = frames_of(every).only(np.array(places, np.intp) if isinstance(places, list) else places)
+    chosen = [every[i] for i in places] if isinstance(places, list) else every[places]
+    assert [(number, frames.payload(i)) for i, number in enumerate(frames.numbers.tolist())] == chosen
