@@ -58,6 +58,7 @@ def sides() -> tuple[SchedulerSide, WorkerSide]:
         id="bench",
         role="both",
         models=("m",),
+        adapters=(),
         block_size=32,
         num_blocks=1000,
         max_model_len=4096,

@@ -96,6 +96,7 @@ class SchedulerSide:
             labels=settings.labels,
             geometry=facts.geometry,
             priorities=facts.priorities,
+            adapters=list(facts.adapters),
         )
         self._ranks = OwnRanks(ranks)
         link = LinkSettings(info, settings.routers, self.read_load, tuple(settings.peers), self._ranks.members_changed)

@@ -13,6 +13,7 @@ import torch
 import vllm
 
 from vllm_llmd.errors import ConfigError
+from vllm_llmd.kv_connector.command_line import adapter_names, server_options
 from vllm_llmd.kv_connector.layout import Order
 from vllm_llmd.kv_connector.topology import OPAQUE
 from vllm_llmd.names import Role
@@ -44,6 +45,7 @@ class EngineFacts:
     id: str
     role: Role
     models: tuple[str, ...]
+    adapters: tuple[str, ...]
     block_size: int
     num_blocks: int
     max_model_len: int
@@ -83,6 +85,7 @@ def read_facts(config: Any, kv_cache: Any, settings: EngineSettings) -> EngineFa
         id=transfer.engine_id,
         role=settings.role or roles[transfer.kv_role],
         models=(served,) if isinstance(served, str) else tuple(served),
+        adapters=tuple(adapter_names(server_options())),
         block_size=geometry.groups[naming_group(geometry)].block_size,
         num_blocks=kv_cache.num_blocks,
         max_model_len=config.model_config.max_model_len,

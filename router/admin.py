@@ -97,6 +97,7 @@ class Admin:
             "epoch": info.epoch,
             "http": info.http,
             "models": info.models,
+            "adapters": info.adapters,
             "load": {name: getattr(load, name) for name in load.__struct_fields__},
             "blocks_indexed": sum(self._fleet.index.contents(info.id, tier).blocks for tier in TIERS),
             "predictions": self._predictions(info.id),

@@ -25,12 +25,13 @@ TOO_MANY: Final = 5
 Result = Literal["agree", "disagree"]
 
 
-def prompt_names(tokens: "array[int]", block_size: int, salt: str | None) -> Names:
-    """The block names of a prompt for the base model. A cache salt is part of the first block's name alone."""
+def prompt_names(tokens: "array[int]", block_size: int, adapter: str | None, salt: str | None) -> Names:
+    """The block names of a prompt. The adapter is part of every name, the cache salt of the first block's alone."""
     digests = UNSALTED
-    if salt is not None:
-        digests = np.zeros(len(tokens) // block_size, np.uint64)
-        digests[:1] = digest(salt_of([salt]))
+    if adapter is not None or salt is not None:
+        everywhere = [] if adapter is None else [adapter]
+        digests = np.full(len(tokens) // block_size, digest(salt_of(everywhere)), np.uint64)
+        digests[:1] = digest(salt_of([*everywhere, *([] if salt is None else [salt])]))
     return chain_names(np.frombuffer(tokens, np.uint32), block_size, digests=digests)
 
 
@@ -55,9 +56,9 @@ class Agreement:
         """Whether it is worth while to tokenize for this model."""
         return model not in self._given_up
 
-    def compare(self, guess: Guess, block_size: int, names: Names) -> None:
-        """An engine's names for a prompt of the base model whose tokens were guessed."""
-        alike = np.array_equal(prompt_names(guess.tokens, block_size, guess.salt), names)
+    def compare(self, guess: Guess, block_size: int, adapter: str | None, names: Names) -> None:
+        """An engine's names for a prompt whose tokens were guessed, and the adapter that it was for."""
+        alike = np.array_equal(prompt_names(guess.tokens, block_size, adapter, guess.salt), names)
         result: Result = "agree" if alike else "disagree"
         self.counts[result] += 1
         latest = self._latest.setdefault(guess.model, deque(maxlen=LOOKED_BACK))

@@ -19,7 +19,7 @@ Counts = npt.NDArray[np.int64]
 """One count per engine, shape (engines,)."""
 Milliseconds = npt.NDArray[np.float64]
 """One time per engine, shape (engines,)."""
-Shape = tuple[int, bool]
+Shape = tuple[int, str | None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +27,7 @@ class Roster:
     """`decoders` may decode: who has a role for it, or everyone if nobody has. `prefillers` prefill for others.
 
     `kinds` are equal where fingerprints are. `shapes` are the ways in which the engines name the prompt's blocks: by
-    blocks of so many tokens, for their base model or not; and who does so.
+    blocks of so many tokens, for their base model or for an adapter of this name; and who does so.
     """
 
     engines: tuple[Engine, ...]
@@ -60,12 +60,12 @@ class Roster:
 
 
 def _shape(engine: Engine, model: str | None) -> Shape:
-    return engine.info.block_size, is_base(engine.info, model)
+    return engine.info.block_size, adapter_of(engine.info, model)
 
 
-def is_base(info: EngineInfo, model: str | None) -> bool:
-    """An engine lists its base model first; any other name may be an adapter, which is part of the names."""
-    return model is None or model == info.models[0]
+def adapter_of(info: EngineInfo, model: str | None) -> str | None:
+    """The adapter that a request for `model` takes, which is part of its blocks' names; None for the base model."""
+    return model if model in info.adapters and model not in info.models else None
 
 
 @dataclass(frozen=True, eq=False)

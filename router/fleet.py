@@ -18,7 +18,7 @@ from vllm_llmd.kernels.kv_events_plain import Change
 from vllm_llmd.names import TIERS, EngineId
 from vllm_llmd.router import costs, text_index
 from vllm_llmd.router.agreement import Agreement, prompt_names
-from vllm_llmd.router.candidates import Candidates, Places, Roster, is_base
+from vllm_llmd.router.candidates import Candidates, Places, Roster, adapter_of
 from vllm_llmd.router.cursor import Cursor, Outcome
 from vllm_llmd.router.decide import Decision
 from vllm_llmd.router.membership import Engine, Membership, Placed, State, Stock
@@ -192,8 +192,9 @@ class Fleet:
     def _learn(self, engine: Engine, request: str, names: Names) -> None:
         chunks = self.texts.learn(request, engine.info.block_size, names)
         guess = None if chunks is None else chunks.guess
-        if guess is not None and is_base(engine.info, guess.model):
-            self.agreement.compare(guess, engine.info.block_size, names)
+        if guess is not None:
+            adapter = adapter_of(engine.info, guess.model)
+            self.agreement.compare(guess, engine.info.block_size, adapter, names)
 
     def _forget(self, engine: EngineId) -> None:
         self.index.forget_engine(engine)
@@ -255,7 +256,7 @@ class Fleet:
 
     def serves(self, model: str) -> bool:
         """Whether any engine of the fleet, ready or not, has the model."""
-        return any(model in engine.info.models for engine in self.membership.all())
+        return any(engine.info.serves(model) for engine in self.membership.all())
 
     def cut(self, facts: Facts) -> Chunks:
         """The request's text as the text index knows it."""
@@ -265,8 +266,8 @@ class Fleet:
         """Every ready engine that serves the model and was not tried yet, with what it has cached of the prompt."""
         roster, places = self._roster(facts.model, tried)
         prefix_blocks, on_gpu = np.zeros((2, len(places)), np.int64)
-        for (block_size, base), among in roster.shapes:
-            chain = self._chain(facts, chunks, block_size, base)
+        for (block_size, adapter), among in roster.shapes:
+            chain = self._chain(facts, chunks, block_size, adapter)
             depths = self.index.match(chain)
             prefix_blocks[among], on_gpu[among] = depths.with_offloaded_at(places[among]), depths.at(places[among])
         requests = np.array([engine.requests_ahead for engine in roster.engines], np.int64)
@@ -294,7 +295,7 @@ class Fleet:
         if decision.source is not None or facts.prompts != 1:  # a source's KV counts as cached
             return None
         info = engine.info
-        by: By = "tokens" if facts.tokens is not None and is_base(info, facts.model) else "text"
+        by: By = "tokens" if facts.tokens is not None else "text"
         return Prediction(info.id, info.epoch, info.block_size, decision.claimed_blocks, by, standing.resyncs)
 
     def observed(self, prediction: Prediction, kind: str, usage: Usage) -> Error | None:
@@ -329,18 +330,16 @@ class Fleet:
         if known is not None:
             return known
         engines = [
-            engine
-            for engine in self.membership.ready()
-            if engine.info.id not in tried and (model is None or model in engine.info.models)
+            engine for engine in self.membership.ready() if engine.info.id not in tried and engine.info.serves(model)
         ]
         made = Roster.of(engines, model), self.index.places(engine.info.id for engine in engines)
         if engines and not tried:
             self._rosters[model] = made
         return made
 
-    def _chain(self, facts: Facts, chunks: Chunks, block_size: int, base: bool) -> Names:
-        if base and facts.tokens is not None:
-            return prompt_names(facts.tokens, block_size, facts.salt)
+    def _chain(self, facts: Facts, chunks: Chunks, block_size: int, adapter: str | None) -> Names:
+        if facts.tokens is not None:
+            return prompt_names(facts.tokens, block_size, adapter, facts.salt)
         return self.texts.predict(block_size, chunks)
 
 

@@ -81,7 +81,7 @@ class Front:
     async def _models(self, _: web.Request) -> web.Response:
         longest: dict[str, int] = {}
         for engine in self._fleet.membership.ready():
-            for model in engine.info.models:
+            for model in (*engine.info.models, *engine.info.adapters):
                 longest[model] = max(engine.info.max_model_len, longest.get(model, 0))
         data = [
             {

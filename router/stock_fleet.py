@@ -103,6 +103,7 @@ class StockFleet:
             role="both",
             http=rank.http,
             models=list(models.names),
+            adapters=list(models.adapters),
             block_size=told or (known.info.block_size if known else SUPPOSED_BLOCK_SIZE),
             num_blocks=blocks or (known.info.num_blocks if known else 0),
             max_model_len=models.max_model_len,

@@ -74,9 +74,10 @@ class Scrape:
 
 @dataclass(frozen=True)
 class Models:
-    """The base model first, then its adapters."""
+    """Names of the base model, and adapters of it."""
 
     names: tuple[str, ...]
+    adapters: tuple[str, ...]
     max_model_len: int
 
 
@@ -100,6 +101,9 @@ def read_models(body: Any) -> Models | None:
     named = [each for each in models if isinstance(each.get("id"), str)]
     if not named:
         return None
-    named.sort(key=lambda each: each.get("parent") is not None)
     lengths = [each["max_model_len"] for each in named if isinstance(each.get("max_model_len"), int)]
-    return Models(tuple(each["id"] for each in named), max(lengths, default=0))
+    base, adapters = (
+        tuple(each["id"] for each in named if (each.get("parent") is not None) == is_adapter)
+        for is_adapter in (False, True)
+    )
+    return Models(base, adapters, max(lengths, default=0))

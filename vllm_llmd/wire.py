@@ -56,7 +56,8 @@ class EngineInfo(Record, frozen=True):
 
     `http` is the base URL of its OpenAI API; `workers` are the ZeroMQ endpoints of its worker ranks, in rank order.
     `fingerprint` is equal on two engines exactly when their caches hold the same values; `geometry` says how each cuts
-    them up. `priorities` tells whether it schedules by priority.
+    them up. `priorities` tells whether it schedules by priority. `models` are names of its base model, `adapters` those
+    of the adapters that it can serve on top.
     """
 
     id: EngineId
@@ -72,6 +73,11 @@ class EngineInfo(Record, frozen=True):
     labels: dict[str, str] = {}
     geometry: Geometry = Geometry()
     priorities: bool = False
+    adapters: list[str] = []
+
+    def serves(self, model: str | None) -> bool:
+        """Whether a request for `model`, or for no model by name, is for this engine."""
+        return model is None or model in self.models or model in self.adapters
 
 
 class Load(Record, frozen=True):

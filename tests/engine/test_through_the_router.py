@@ -67,6 +67,16 @@ def test_a_salted_prompt_has_the_names_that_the_router_expects(lab) -> None:
     lab.until(lambda: set(names) <= lab.index("decode-0"), "the salted blocks are named otherwise")
 
 
+def test_a_prompt_for_an_adapter_goes_through_the_router_and_has_the_names_that_it_expects(lab) -> None:
+    prompt = lab.prompt(200)
+    adapted = answer(lab.router.post("/v1/completions", body(prompt, model="law")))
+    assert adapted == lab.decode.alone(prompt, model="law", max_tokens=8)
+    names = set(chain_names(prompt, BLOCK, salt_of(["law"])))
+    lab.until(lambda: names <= lab.index("decode-0"), "the adapter's blocks are named otherwise")
+    assert not set(chain_names(prompt, BLOCK)) & lab.index("decode-0")
+    assert "law" in {model["id"] for model in json.loads(lab.router.get("/v1/models"))["data"]}
+
+
 def test_the_index_is_exact_and_the_command_line_proves_it(lab) -> None:
     for length in (100, 900):
         lab.router.post("/v1/completions", body(lab.prompt(length)))

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vllm_llmd.kernels.hash_chain import Names, chain_names
+from vllm_llmd.kernels.hash_chain import Names, chain_names, salt_of
 from vllm_llmd.router.agreement import TOO_MANY, Agreement, Guess
 from vllm_llmd.router.exact import Exact
 from vllm_llmd.router.fleet import Fleet
@@ -95,18 +95,22 @@ async def test_a_model_whose_tokens_differ_too_often_is_given_up_with_one_line(
 ) -> None:
     site, guess = Site(three), Guess("m", array("I", [1, 2, 3]), None)
     agreement = site.fleet.agreement
-    agreement.compare(guess, 1, names(1, 2, 3))
+    agreement.compare(guess, 1, None, names(1, 2, 3))
     for _ in range(TOO_MANY + 3):
         assert agreement.trusted("m") == (agreement.counts["disagree"] < TOO_MANY)
-        agreement.compare(guess, 1, names(1, 2, 4))
+        agreement.compare(guess, 1, None, names(1, 2, 4))
     assert not agreement.trusted("m") and agreement.trusted("other")
     assert agreement.counts == {"agree": 1, "disagree": TOO_MANY + 3}
     assert len(caplog.records) == 1
     assert await site.facts() == FACTS
 
 
-def test_a_guess_agrees_block_by_block_with_its_salt() -> None:
+def test_a_guess_agrees_block_by_block_with_its_adapter_and_salt() -> None:
     agreement, tokens = Agreement(), array("I", range(10))
-    agreement.compare(Guess(None, tokens, None), 4, np.array(chain_names(tokens, 4), np.uint64))
-    agreement.compare(Guess(None, tokens, "tenant"), 4, np.array(chain_names(tokens, 4), np.uint64))
-    assert agreement.counts == {"agree": 1, "disagree": 1}
+    plain, poets = (np.array(chain_names(tokens, 4, salt_of(keys)), np.uint64) for keys in ([], ["poet"]))
+    agreement.compare(Guess(None, tokens, None), 4, None, plain)
+    agreement.compare(Guess(None, tokens, None), 4, "poet", poets)
+    assert agreement.counts == {"agree": 2, "disagree": 0}
+    agreement.compare(Guess(None, tokens, "tenant"), 4, None, plain)
+    agreement.compare(Guess(None, tokens, None), 4, "poet", plain)
+    assert agreement.counts == {"agree": 2, "disagree": 2}

@@ -1,6 +1,7 @@
 import random
 from dataclasses import dataclass, replace
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given
@@ -129,11 +130,12 @@ def test_the_columns_of_a_roster_are_in_one_order() -> None:
     assert roster.block_sizes.tolist() == [16, 32, 16]
 
 
-@pytest.mark.parametrize(("model", "base"), [("m", True), (None, True), ("adapter", False)])
-def test_engines_that_name_blocks_alike_are_looked_up_together(model: str | None, base: bool) -> None:
+@pytest.mark.parametrize(("model", "adapter"), [("m", None), (None, None), ("poet", "poet")])
+def test_engines_that_name_blocks_alike_are_looked_up_together(model: str | None, adapter: str | None) -> None:
     rows = engine("a"), engine("b", block_size=32), engine("c")
-    roster = Roster.of([Engine(row.info, State.READY, 0) for row in rows], model)
-    assert {shape: places.tolist() for shape, places in roster.shapes} == {(16, base): [0, 2], (32, base): [1]}
+    infos = [msgspec.structs.replace(row.info, adapters=["poet"]) for row in rows]
+    roster = Roster.of([Engine(info, State.READY, 0) for info in infos], model)
+    assert {shape: places.tolist() for shape, places in roster.shapes} == {(16, adapter): [0, 2], (32, adapter): [1]}
 
 
 roles = st.sampled_from(["prefill", "decode", "both"])

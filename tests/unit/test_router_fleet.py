@@ -323,16 +323,31 @@ def test_goodbye_takes_everything_of_the_engine_away(net: Wire) -> None:
 
 
 @pytest.mark.parametrize(
-    ("model", "salt", "blocks"), [("m", None, 2), ("adapter", None, 0), ("m", "tenant", 3), ("m", "s", 0), ("m", 7, 2)]
+    ("model", "salt", "blocks"),
+    [
+        ("m", None, 2),
+        ("alias", None, 2),
+        ("poet", None, 1),
+        ("m", "tenant", 3),
+        ("poet", "tenant", 2),
+        ("other", None, 0),
+        ("m", "s", 0),
+        ("m", 7, 2),
+    ],
 )
-def test_token_prompts_of_the_base_model_are_matched_by_tokens_and_salt(model: str, salt: object, blocks: int) -> None:
-    """Blocks of two tokens, cached without a salt up to the fourth token, under `tenant` up to the sixth."""
+def test_token_prompts_are_matched_by_tokens_adapter_and_salt(model: str, salt: object, blocks: int) -> None:
+    """Blocks of two tokens, cached without a salt up to the fourth token, under `tenant` up to the sixth.
+
+    For the adapter `poet` up to the second, and up to the fourth under `tenant`.
+    """
     fleet = Fleet(SETTINGS, FakeClock(), "r")
-    mine = info(models=["m", "adapter"])
+    mine = info(models=["m", "alias"], adapters=["poet", "other"])
     fleet.on_message(SENDER, wire.Hello(mine))
     first = block_name(ROOT, [1, 2], salt_of(["tenant"]))
     second = block_name(first, [3, 4])
     names = [*chain_names([1, 2, 3, 4], 2), first, second, block_name(second, [5, 6])]
+    poets = block_name(ROOT, [1, 2], salt_of(["poet", "tenant"]))
+    names += [*chain_names([1, 2], 2, salt_of(["poet"])), poets, block_name(poets, [3, 4], salt_of(["poet"]))]
     fleet.on_message(SENDER, wire.Snapshot(A, mine.epoch, 0, 0, 1, wire.pack_names(names)))
     facts = read_facts("completion", {"model": model, "prompt": [1, 2, 3, 4, 5, 6, 7], "cache_salt": salt})
     assert fleet.candidates(facts, fleet.cut(facts)).prefix_blocks.tolist() == [blocks]

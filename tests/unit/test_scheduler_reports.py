@@ -74,7 +74,7 @@ def pool() -> Pool:
 def side_of(pool: Pool, groups: int) -> Iterator[SchedulerSide]:
     geometry = Geometry(1, 2, "cells", [GroupShape(32, 1)] * groups)
     layers = tuple(Layer(f"layers.{group}", group, "cells") for group in range(groups))
-    facts = EngineFacts("me", "decode", ("m",), 32, 16, 999, geometry, layers, 4096, 32, True, False, "same")
+    facts = EngineFacts("me", "decode", ("m",), (), 32, 16, 999, geometry, layers, 4096, 32, True, False, "same")
     side = SchedulerSide(facts, EngineSettings(), "http://me")
     side.bind(BlockPoolView(pool))
     side.introduce([RankIntroduction("tcp://127.0.0.1:9", Epoch(1), b"key")])

@@ -53,7 +53,7 @@ def test_the_base_model_comes_before_its_adapters() -> None:
         {"id": "m", "parent": None, "max_model_len": 4096},
         {"id": "alias", "max_model_len": 4096},
     ]
-    assert read_models({"data": listed}) == Models(("m", "alias", "poet"), 4096)
+    assert read_models({"data": listed}) == Models(("m", "alias"), ("poet",), 4096)
 
 
 @pytest.mark.parametrize("body", [None, [], {}, {"data": None}, {"data": []}, {"data": [7, {"id": 7}]}])

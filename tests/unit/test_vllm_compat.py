@@ -20,6 +20,7 @@ with warnings.catch_warnings():
 
 from vllm_llmd.kernels.block_names import Cleared, Removed, Stored
 from vllm_llmd.kv_connector.addresses import own_host, own_http
+from vllm_llmd.kv_connector.command_line import adapter_names, server_options
 from vllm_llmd.kv_connector.offloaded_blocks import Dropped, Offloaded
 from vllm_llmd.names import RequestId
 from vllm_llmd.settings import EngineSettings
@@ -45,6 +46,22 @@ def test_a_config_file_counts_and_flags_override_it(tmp_path: Path) -> None:
     config.write_text("port: 7001\nhost: 10.0.0.9\n")
     assert own_http(EngineSettings(), ["server", "--config", str(config)]) == "http://10.0.0.9:7001"
     assert own_http(EngineSettings(), ["server", "--config", str(config), "--port", "7"]) == "http://10.0.0.9:7"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--lora-modules", "law=/a/law", '{"name":"tax","path":"/a/tax","base_model_name":"m"}', "-tp", "2"],
+        ["--lora-modules=law=/a/law", "--lora_modules", "law=/b", '{"name": "tax", "path": "p"}', "--port", "1"],
+        ["--config", "CONFIG"],
+    ],
+)
+def test_adapters_are_read_off_the_command_line(tmp_path: Path, words: list[str]) -> None:
+    config = tmp_path / "serve.yaml"
+    config.write_text('lora-modules: ["law=/a/law", {name: tax, path: /a/tax}]')
+    argv = ["server", "--enable-lora", *(str(config) if word == "CONFIG" else word for word in words)]
+    assert adapter_names(server_options(argv)) == ["law", "tax"]
+    assert adapter_names(server_options(["server", "--lora-modules", "--port", "1"])) == []
 
 
 def test_what_is_set_wins() -> None:
