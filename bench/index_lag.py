@@ -5,6 +5,7 @@ sockets are in another process. Both read the machine's monotonic clock.
 """
 
 import asyncio
+import gc
 import random
 import statistics
 import time
@@ -139,5 +140,6 @@ async def run(port_endpoint: str, settings: Settings) -> Found:
 def measure(settings: Settings) -> Found:
     hash_chain_cpu.compile_ahead()
     prefix_table_cpu.compile_ahead()
+    gc.freeze()  # as the router does when it starts
     with reserve_port() as port:
         return uvloop.run(run(endpoint(port), settings))

@@ -6,6 +6,7 @@ stdout says where: {"http": "http://HOST:PORT", "router": "tcp://HOST:PORT"}.
 
 import argparse
 import asyncio
+import gc
 import json
 import logging
 import secrets
@@ -56,6 +57,7 @@ async def serve(settings: RouterSettings) -> int:
     )
     try:
         http = await _listen(runner, settings)
+        gc.freeze()  # what is there for good is not searched for garbage again and again, for 100 ms each time
         sys.stdout.write(json.dumps({"http": http, "router": ingest.endpoint}) + "\n")
         sys.stdout.flush()
         log.info("router %s: serving %s, engines connect to %s", life, http, ingest.endpoint)
