@@ -119,6 +119,7 @@ HOMES: dict[str, tuple[str, ...]] = {
         "router/verify.py",
         "router/main.py",
         "vllm_llmd/sim/main.py",
+        "vllm_llmd/sim/misbehaviour.py",
         "vllm_llmd/sim/server.py",
     ),
     "rich": ("vllm_llmd/cli.py", "vllm_llmd/demo.py", "vllm_llmd/launch"),

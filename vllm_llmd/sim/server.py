@@ -14,14 +14,13 @@ from vllm_llmd.sim.asks import AskError, Kind, read_ask
 from vllm_llmd.sim.engine import SimEngine, Stream
 from vllm_llmd.sim.exposition import exposition
 from vllm_llmd.sim.failures import AnswerFailure, read_failures
+from vllm_llmd.sim.misbehaviour import fail_before, fail_midway
 from vllm_llmd.sim.replies import Heading
 from vllm_llmd.sim.text import detokenize
 
 MAX_BODY_BYTES = 1 << 30
 
 PATHS: dict[str, Kind] = {"/v1/chat/completions": "chat", "/v1/completions": "completion"}
-
-_HEADERS_ALONE = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 
 
 class SimServer:
@@ -168,38 +167,3 @@ class SimServer:
 
 def _cached_tokens(streams: list[Stream]) -> int:
     return sum(stream.request.cached_tokens or 0 for stream in streams)
-
-
-async def fail_before(http: web.Request, failure: AnswerFailure) -> web.Response | None:
-    """Does what a failure does before the first byte of an answer; None if it does nothing."""
-    match failure:
-        case "error":
-            return web.json_response(replies.error("told to fail", 500, "InternalServerError"), status=500)
-        case "refuse":
-            return web.json_response(replies.error("told to refuse", 503, "ServiceUnavailable"), status=503)
-        case "stall":
-            await asyncio.Event().wait()
-        case "reset":
-            _abort(http)
-            return web.Response()
-        case "reset-after-headers":
-            assert http.transport is not None
-            http.transport.write(_HEADERS_ALONE)
-            http.transport.close()
-            return web.Response()
-    return None
-
-
-async def fail_midway(http: web.Request, failure: AnswerFailure) -> None:
-    """Does what a failure does after the first chunk of an answer."""
-    if failure == "stall-midway":
-        await asyncio.Event().wait()
-    if failure == "die-midway":
-        await asyncio.sleep(0.05)  # the chunk must be on its way before the reset overtakes it
-        _abort(http)
-        raise ConnectionResetError("told to die")
-
-
-def _abort(http: web.Request) -> None:
-    if http.transport is not None:
-        http.transport.abort()

@@ -17,19 +17,20 @@ from aiohttp import web
 from vllm_llmd.kernels.hash_chain import chain_names
 from vllm_llmd.kv_connector.link import EngineLink, LinkSettings
 from vllm_llmd.names import BlockName, EngineId, Epoch, Role
+from vllm_llmd.sim.misbehaviour import fail_before, fail_midway
 from vllm_llmd.wire import EngineInfo, Load
-
-_BARE_HEADERS = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 
 
 class Behaviour(Enum):
-    ANSWER = "answer"
-    FAIL = "answer with status 500"
-    RESET = "close the connection before the first byte"
-    RESET_AFTER_HEADERS = "say 200, then close the connection before the first byte"
-    STALL = "never answer"
-    STALL_MIDWAY = "stop after the first chunk, for ever"
-    DIE_MIDWAY = "close the connection after the first chunk"
+    """As the failures of answers of simulated engines, and one more."""
+
+    ANSWER = "none"
+    FAIL = "error"
+    RESET = "reset"
+    RESET_AFTER_HEADERS = "reset-after-headers"
+    STALL = "stall"
+    STALL_MIDWAY = "stall-midway"
+    DIE_MIDWAY = "die-midway"
     REFUSE_STREAM_OPTIONS = "answer with status 400 to a request with stream options"
 
 
@@ -132,19 +133,9 @@ class FakeEngine:
             raise
 
     async def _behave(self, request: web.Request, received: Received) -> web.StreamResponse:
-        match self.behaviour:
-            case Behaviour.FAIL:
-                return web.json_response({"error": {"message": "told to fail", "code": 500}}, status=500)
-            case Behaviour.STALL:
-                await asyncio.Event().wait()
-            case Behaviour.RESET:
-                _abort(request)
-                return web.Response()
-            case Behaviour.RESET_AFTER_HEADERS:
-                assert request.transport is not None
-                request.transport.write(_BARE_HEADERS)
-                request.transport.close()
-                return web.Response()
+        failed = await fail_before(request, self.behaviour.value)
+        if failed is not None:
+            return failed
         body = received.body
         if self.behaviour is Behaviour.REFUSE_STREAM_OPTIONS and "stream_options" in body:
             return web.json_response({"error": {"message": "stream_options: unknown", "code": 400}}, status=400)
@@ -161,12 +152,8 @@ class FakeEngine:
         await response.prepare(request)
         for number, chunk in enumerate(chunks):
             await response.write(chunk)
-            if number == 0 and self.behaviour is Behaviour.STALL_MIDWAY:
-                await asyncio.Event().wait()
-            if number == 0 and self.behaviour is Behaviour.DIE_MIDWAY:
-                await asyncio.sleep(0.05)  # the chunk must be on its way before the reset overtakes it
-                _abort(request)
-                return response
+            if number == 0:
+                await fail_midway(request, self.behaviour.value)
         await response.write_eof()
         return response
 
@@ -194,11 +181,6 @@ class FakeEngine:
 
 def _lower(headers: Mapping[str, str]) -> dict[str, str]:
     return {name.lower(): value for name, value in headers.items()}
-
-
-def _abort(request: web.Request) -> None:
-    if request.transport is not None:
-        request.transport.abort()
 
 
 def _prompt(body: Any) -> str | list[int]:
