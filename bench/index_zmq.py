@@ -7,6 +7,7 @@ Dynamo's by what it says of the last prompt of every engine.
 
 import asyncio
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import uvloop
@@ -17,6 +18,8 @@ from index_values import Arms, Found, Settings, in_turn
 from vllm_llmd.clock import MonotonicClock
 from vllm_llmd.kernels import hash_chain_cpu, kv_events_cpu, prefix_table_cpu
 from vllm_llmd.router.fleet import Fleet
+from vllm_llmd.router.ingest import Ingest
+from vllm_llmd.router.observe import Metrics
 from vllm_llmd.router.settings import RouterSettings
 from vllm_llmd.router.stock_fleet import StockFleet
 from vllm_llmd.router.stock_poll import Report
@@ -54,12 +57,34 @@ class Run:
         await asyncio.to_thread(self.publisher.wait_for_subscribers)
         began = time.perf_counter()
         self.publisher.send()
-        while blocks_in(fleet) < ALL_BLOCKS:
-            assert time.perf_counter() - began < GIVE_UP_AFTER_S, "our index does not come to hold every block"
-            await asyncio.sleep(LOOK_EVERY_S)
+        await self._until(lambda: has_all(fleet))
         took_s = time.perf_counter() - began
         self.sent_s.append(self.publisher.sent())
         stock.close()
+        return took_s
+
+    async def _until(self, what: Callable[[], bool]) -> None:
+        give_up = time.perf_counter() + GIVE_UP_AFTER_S
+        while not what():
+            assert time.perf_counter() < give_up, "our index does not come to hold every block"
+            await asyncio.sleep(LOOK_EVERY_S)
+
+    async def linked(self) -> float:
+        """Ours again, from as many blocks in our own form."""
+        settings = RouterSettings(index_blocks=2 * ALL_BLOCKS)
+        fleet = Fleet(settings, MonotonicClock(), "bench")
+        ingest = Ingest(fleet, Metrics(fleet), "tcp://127.0.0.1:0")
+        running = asyncio.create_task(ingest.run())
+        await asyncio.to_thread(self.publisher.link, ingest.endpoint)
+        await self._until(lambda: len(fleet.membership.ready()) == ENGINES)
+        began = time.perf_counter()
+        self.publisher.send_linked()
+        await self._until(lambda: has_all(fleet))
+        took_s = time.perf_counter() - began
+        self.publisher.sent()
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        ingest.close()
         return took_s
 
     async def dynamo(self) -> float:
@@ -76,26 +101,28 @@ class Run:
         return took_s
 
 
-def blocks_in(fleet: Fleet) -> int:
-    return sum(fleet.index.contents(engine.info.id).blocks for engine in fleet.membership.all())
+def has_all(fleet: Fleet) -> bool:
+    return sum(fleet.index.contents(engine.info.id).blocks for engine in fleet.membership.all()) == ALL_BLOCKS
 
 
 def measure(settings: Settings) -> Found:
     for kernels in (hash_chain_cpu, prefix_table_cpu, kv_events_cpu):
         kernels.compile_ahead()
     arms = Arms("from vLLM's ZeroMQ messages", "blocks/s", more_is_better=True)
+    own = Arms("from our own messages", "blocks/s", more_is_better=True)
     publisher = Publisher(ENGINES, MESSAGES, BLOCKS, BLOCK_SIZE)
     sent_s: list[float] = []
     try:
         for number in range(settings.rounds):
             run = Run(publisher, publisher.prepare(number), sent_s)
-            for values, side in in_turn((arms.ours, run.ours), (arms.dynamo, run.dynamo)):
+            for values, side in in_turn((arms.ours, run.ours), (arms.dynamo, run.dynamo), (own.ours, run.linked)):
                 values.append(ALL_BLOCKS / uvloop.run(side()))
+        own.dynamo = arms.dynamo
     finally:
         publisher.close()
     sending = ALL_BLOCKS / min(sent_s)
     return Found(
         {"zmq_vs_dynamo": arms.speed_up},
-        [arms],
+        [arms, own],
         [f"the publisher sends {sending:.4g} blocks/s at most to us"],
     )
