@@ -3,7 +3,7 @@
 Open addressing in segments of 512 slots of 16 bytes (name, engines as bits). A full segment is split in two, so growing
 never takes longer than that; a directory leads from the first bits of a name's place to its segment. A place is a name
 with its bits mixed, for names that have little chance in them. Removing moves back what had been displaced, so
-deletions leave nothing behind. A resident block costs 18 to 37 bytes, 27 on average; memory is reserved for
+deletions leave nothing behind. A resident block costs 19 to 40 bytes, 28 on average; memory is reserved for
 `max_blocks` and taken as segments come into use. Not to be called from two threads at once; nothing holds the GIL.
 """
 
@@ -17,7 +17,7 @@ from vllm_llmd.kernels.prefix_table import BANK_ENGINES, Contents, Depths
 SEGMENT = 512
 """Slots of a segment."""
 
-FULL = 448
+FULL = 416
 """Slots that may be taken before a segment is split: one is always empty, which ends a search."""
 
 EXPECTED_FILL = 0.5
