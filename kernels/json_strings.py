@@ -23,7 +23,9 @@ def hollow(raw: bytes, stem: bytes, least_bytes: int) -> Hollow | None:
     A mark is `stem` and 8 digits, the string's number; it must not be longer than `least_bytes`.
     Example: `{"a": "xyz"}` with a stem of `-` and at least 3 bytes is `{"a": "-00000000"}` and the span 7 to 10.
     """
-    parts, spans, at = [], [], 0
+    parts: list[bytes] = []
+    spans: list[list[int]] = []
+    at = 0
     while (start := raw.find(b'"', at)) >= 0:
         found = _STRING.match(raw, start)
         if found is None or not _is_valid(found.group()):

@@ -6,6 +6,8 @@ A mark that begins with `stem` and ends with the string's number, 8 digits, stan
 `json_strings.hollow`.
 """
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
@@ -24,8 +26,9 @@ WHICH = np.uint64(0x0001020304050607)
 
 def hollow(raw: bytes, stem: bytes, least_bytes: int) -> Hollow | None:
     """As the reference."""
-    text, spans = _hollow(np.frombuffer(raw, np.uint8), np.frombuffer(stem, np.uint8), least_bytes)
-    return None if not len(text) else Hollow(text.tobytes(), spans.tolist())
+    assert len(stem) + NUMBER_DIGITS <= least_bytes
+    text, spans, valid = _hollow(np.frombuffer(raw, np.uint8), np.frombuffer(stem, np.uint8), least_bytes)
+    return Hollow(text.tobytes(), spans.tolist()) if valid else None
 
 
 def compile_ahead() -> None:
@@ -34,8 +37,8 @@ def compile_ahead() -> None:
 
 
 @compiled
-def _hollow(raw: Bytes, stem: Bytes, least_bytes: int) -> tuple[Bytes, Spans]:
-    """The text left, none of it if a string is invalid, and the first byte and the end of every string taken out."""
+def _hollow(raw: Bytes, stem: Bytes, least_bytes: int) -> tuple[Bytes, Spans, bool]:
+    """The text left, first byte and end of every string taken out, and whether every string is valid."""
     left = np.empty(len(raw), np.uint8)
     spans = np.empty((len(raw) // least_bytes + 1, 2), np.int64)
     size = taken = at = 0
@@ -48,7 +51,7 @@ def _hollow(raw: Bytes, stem: Bytes, least_bytes: int) -> tuple[Bytes, Spans]:
             continue
         end = _end_of_string(raw, at)
         if end == len(raw):
-            return left[:0], spans[:0]
+            return left[:size], spans[:taken], False
         if end - at < least_bytes:
             left[size : size + end - at] = raw[at:end]
             size += end - at
@@ -65,7 +68,7 @@ def _hollow(raw: Bytes, stem: Bytes, least_bytes: int) -> tuple[Bytes, Spans]:
         left[size] = QUOTE
         size += 1
         at = end + 1
-    return left[:size], spans[:taken]
+    return left[:size], spans[:taken], True
 
 
 @compiled
@@ -98,8 +101,8 @@ def _end_of_string(raw: Bytes, at: int) -> int:
 
 
 @compiled
-def _remarkable(address: int, at: int) -> np.uint64:
-    """The highest bit of each of 8 bytes that does not stand for itself; the first one's is right, if not the others'."""
+def _remarkable(address: int, at: int) -> Any:
+    """The highest bit of each of 8 bytes that does not stand for itself. Only the first of them is sure to be right."""
     word = load(address, at, np.uint64)
     quotes, backslashes = word ^ QUOTES, word ^ BACKSLASHES
     quoted = (quotes - LOWS) & ~quotes | (backslashes - LOWS) & ~backslashes

@@ -14,7 +14,7 @@ from typing import Any, Final
 from vllm_llmd.errors import ConfigError
 from vllm_llmd.router.agreement import Agreement
 from vllm_llmd.router.observe import Metrics
-from vllm_llmd.router.request import Facts, Kind, Unsupported, with_tokens
+from vllm_llmd.router.request import Facts, Kind, Unsupported, parse_body, with_tokens
 from vllm_llmd.router.settings import RouterSettings
 
 log = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ class Exact:
         self._pool = ThreadPoolExecutor(THREADS, "tokenizing")
         self._at_once = 0
 
-    async def facts(self, facts: Facts, kind: Kind, body: Mapping[str, Any]) -> Facts:
+    async def facts(self, facts: Facts, kind: Kind, raw: bytes) -> Facts:
         """With token ids, if they can be told in time."""
         tokenize = self._tokenizers.get(facts.model or "", self._tokenizers.get(""))
         is_text = facts.tokens is None and facts.prompts == 1 and facts.text
@@ -46,7 +46,7 @@ class Exact:
         if self._at_once >= MOST_AT_ONCE:
             return self._without(facts, "late")
         try:
-            return with_tokens(facts, await self._in_time(tokenize, kind, body))
+            return with_tokens(facts, await self._in_time(tokenize, kind, raw))
         except TimeoutError:
             return self._without(facts, "late")
         except Unsupported as why:
@@ -56,8 +56,8 @@ class Exact:
             log.exception("tokenizing failed")
             return self._without(facts, "failed")
 
-    async def _in_time(self, tokenize: Tokenize, kind: Kind, body: Mapping[str, Any]) -> "array[int]":
-        running = asyncio.get_running_loop().run_in_executor(self._pool, tokenize, kind, body)
+    async def _in_time(self, tokenize: Tokenize, kind: Kind, raw: bytes) -> "array[int]":
+        running = asyncio.get_running_loop().run_in_executor(self._pool, lambda: tokenize(kind, parse_body(raw)))
         self._at_once += 1
         running.add_done_callback(self._ended)
         tokens = await asyncio.wait_for(asyncio.shield(running), self._wait_s)

@@ -24,7 +24,7 @@ from vllm_llmd.router.exact import Exact
 from vllm_llmd.router.fleet import Fleet
 from vllm_llmd.router.membership import Engine
 from vllm_llmd.router.observe import Metrics
-from vllm_llmd.router.request import Facts, Kind, RequestError, parse_body, read_facts
+from vllm_llmd.router.request import Facts, Kind, RequestError, read_facts, skim
 from vllm_llmd.router.settings import RouterSettings
 from vllm_llmd.router.text_index import Chunks
 from vllm_llmd.router.truth import Prediction
@@ -99,8 +99,8 @@ class Front:
         began_ms = self._clock.now_ms()
         raw = await http.read()
         try:
-            body = parse_body(raw)
-            facts = await self._exact.facts(read_facts(PATHS[http.path], body), PATHS[http.path], body)
+            body, long = skim(raw)
+            facts = await self._exact.facts(read_facts(PATHS[http.path], body, long), PATHS[http.path], raw)
         except RequestError as error:
             return replies.error(400, str(error), "invalid_request", error.param)
         if facts.model is not None and self._fleet.membership.ready() and not self._fleet.serves(facts.model):

@@ -5,14 +5,17 @@ Pure. Checks no more than the router itself needs; everything else is for the en
 
 import hashlib
 import json
+import re
 from array import array
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Final, Literal
+from types import MappingProxyType
+from typing import Any, Final, Literal, NamedTuple
 
 import msgspec
 
 from vllm_llmd.errors import LlmdError
+from vllm_llmd.kernels.json_strings_cpu import hollow
 
 Kind = Literal["chat", "completion"]
 
@@ -20,6 +23,18 @@ BYTES_PER_TOKEN: Final = 4
 """Prior for the length of a prompt given as text."""
 
 _BODY = msgspec.json.Decoder()
+
+LONG_STRING_BYTES: Final = 1024
+
+_STEM: Final = b"vllm-llmd-long-string-"
+_MARK: Final = re.compile(b'"(%b[0-9]{8})"' % _STEM)
+_MAY_SPELL_A_MARK: Final = re.compile(rb"\\u00[2-7]")
+"""ASCII in disguise: honest bodies have none, and in one that has, a string that is not ours could read as a mark."""
+
+Long = Mapping[str, memoryview]
+"""Long strings of a body as they are written, by the mark in their place."""
+
+NOTHING_LONG: Final[Long] = MappingProxyType({})
 
 _SEED_FIELDS: Final = (
     "cache_salt",
@@ -74,6 +89,13 @@ class _Prompt:
 _NOTHING = _Prompt(None, b"", 0)
 
 
+class Skimmed(NamedTuple):
+    """A body with a mark in place of each long string."""
+
+    body: dict[str, Any]
+    long: Long
+
+
 def parse_body(raw: bytes) -> dict[str, Any]:
     """The request body as `json.loads` reads it. Raises RequestError unless it is one JSON object in UTF-8.
 
@@ -88,6 +110,19 @@ def parse_body(raw: bytes) -> dict[str, Any]:
     return body
 
 
+def skim(raw: bytes) -> Skimmed:
+    """The body without its long strings, which are only looked at. Raises RequestError as `parse_body` does."""
+    found = hollow(raw, _STEM, LONG_STRING_BYTES)
+    if found is None or found.text.count(_STEM) != len(found.spans) or _MAY_SPELL_A_MARK.search(found.text):
+        return Skimmed(parse_body(raw), NOTHING_LONG)
+    try:
+        body = parse_body(found.text)
+    except RequestError:
+        return Skimmed(parse_body(raw), NOTHING_LONG)  # says where it is wrong
+    view = memoryview(raw)
+    return Skimmed(body, {f"{_STEM.decode()}{i:08d}": view[first:end] for i, (first, end) in enumerate(found.spans)})
+
+
 def _parse_again(raw: bytes) -> Any:
     try:
         return json.loads(raw.decode("utf-8"))
@@ -95,19 +130,20 @@ def _parse_again(raw: bytes) -> Any:
         raise RequestError(f"the request body is not valid JSON: {error}") from None
 
 
-def read_facts(kind: Kind, body: Mapping[str, Any]) -> Facts:
-    """What routing needs to know. Raises RequestError where the body makes no sense to the router."""
-    model = body.get("model")
+def read_facts(kind: Kind, body: Mapping[str, Any], long: Long = NOTHING_LONG) -> Facts:
+    """What routing needs to know of a body, skimmed or whole. Raises RequestError where it makes no sense to us."""
+    spelled, model = _Spelled(long), body.get("model")
     if model is not None and not isinstance(model, str):
         raise RequestError("model must be a string", "model")
     try:
-        prompts = [_chat_prompt(body)] if kind == "chat" else _completion_prompts(body)
-        seed = _json([kind, model, {name: body[name] for name in _SEED_FIELDS if body.get(name) is not None}])
+        prompts = [_chat_prompt(body, spelled)] if kind == "chat" else _completion_prompts(body, spelled)
+        seed = spelled.json([kind, model, {name: body[name] for name in _SEED_FIELDS if body.get(name) is not None}])
     except RecursionError:
         raise RequestError("the request body is nested too deeply") from None
     prompt = max(prompts, key=lambda each: each.size, default=_NOTHING)
     salt = body.get("cache_salt")
-    salt = salt if isinstance(salt, str) and salt else None
+    salt = spelled.plain(salt) if isinstance(salt, str) and salt else None
+    model = None if model is None else spelled.plain(model)
     return Facts(model, prompt.tokens, seed, prompt.text, prompt.size, salt, len(prompts))
 
 
@@ -116,55 +152,60 @@ def with_tokens(facts: Facts, tokens: "array[int]") -> Facts:
     return replace(facts, tokens=tokens, prompt_tokens=len(tokens), tokenized=True)
 
 
-def _chat_prompt(body: Mapping[str, Any]) -> _Prompt:
+def _chat_prompt(body: Mapping[str, Any], spelled: "_Spelled") -> _Prompt:
     messages = body.get("messages")
     if not isinstance(messages, list):
         raise RequestError("messages must be a list", "messages")
     tools = body.get("tools")
-    lines = [_json(tool) for tool in tools] if isinstance(tools, list) else []
-    lines += [b"\x00".join(_parts_of(message)) for message in messages]
-    text = b"\n".join((*lines, b""))
+    pieces: list[bytes | memoryview] = []
+    for tool in tools if isinstance(tools, list) else []:
+        pieces += (spelled.json(tool), b"\n")
+    for message in messages:
+        for part in _parts_of(message, spelled):
+            pieces += (part, b"\x00")
+        pieces.append(b"\n")
+    text = b"".join(pieces)
     return _Prompt(None, text, len(text) // BYTES_PER_TOKEN)
 
 
-def _parts_of(message: Any) -> Iterator[bytes]:
-    """A message in an order of its own, whatever the order and the spelling in the body. Text stays what it is."""
+def _parts_of(message: Any, spelled: "_Spelled") -> Iterator[bytes | memoryview]:
+    """A message in an order of its own, whatever the order in the body."""
     if not isinstance(message, dict):
-        yield _json(message)
+        yield spelled.json(message)
         return
     other = {name: message[name] for name in sorted(message) if name != "content"}
     role = other.get("role")
-    yield _text(role) if len(other) == 1 and isinstance(role, str) else _json(other)
+    yield spelled.text(role) if len(other) == 1 and isinstance(role, str) else spelled.json(other)
     content = message.get("content")
     for part in content if isinstance(content, list) else (content,):
-        yield _content(part)
+        yield _content(part, spelled)
 
 
-def _content(part: Any) -> bytes:
+def _content(part: Any, spelled: "_Spelled") -> bytes | memoryview:
     """Images and sound count by what they are, not by how many bytes they take."""
     if isinstance(part, str):
-        return _text(part)
+        return spelled.text(part)
     if not isinstance(part, dict):
-        return _json(part)
+        return spelled.json(part)
     text = part.get("text")
     if part.get("type") in ("text", "input_text", None):
-        return _text(text) if isinstance(text, str) else _json(part)
-    return _json([part.get("type"), hashlib.blake2b(_json(part), digest_size=16).hexdigest()])
+        return spelled.text(text) if isinstance(text, str) else spelled.json(part)
+    return spelled.json([part.get("type"), hashlib.blake2b(spelled.json(part), digest_size=16).hexdigest()])
 
 
-def _completion_prompts(body: Mapping[str, Any]) -> list[_Prompt]:
+def _completion_prompts(body: Mapping[str, Any], spelled: "_Spelled") -> list[_Prompt]:
     prompt = body.get("prompt")
     if isinstance(prompt, str):
-        return [_text_prompt(prompt)]
+        return [_text_prompt(prompt, spelled)]
     if not isinstance(prompt, list):  # absent, or prompt embeddings: for the engine to judge
         return []
     if prompt and isinstance(prompt[0], int):
         return [_token_prompt(prompt)]
-    return [_text_prompt(each) if isinstance(each, str) else _token_prompt(each) for each in prompt]
+    return [_text_prompt(each, spelled) if isinstance(each, str) else _token_prompt(each) for each in prompt]
 
 
-def _text_prompt(prompt: str) -> _Prompt:
-    text = _text(prompt)
+def _text_prompt(prompt: str, spelled: "_Spelled") -> _Prompt:
+    text = bytes(spelled.text(prompt))
     return _Prompt(None, text, len(text) // BYTES_PER_TOKEN)
 
 
@@ -176,12 +217,26 @@ def _token_prompt(prompt: Any) -> _Prompt:
     return _Prompt(tokens, tokens.tobytes(), len(tokens))
 
 
-def _text(text: str) -> bytes:
-    return text.encode("utf-8", "surrogatepass")
+@dataclass(frozen=True)
+class _Spelled:
+    """Values as JSON spells them: long strings as the client did, all else as most do, without needless escapes."""
 
+    long: Long
 
-def _json(value: Any) -> bytes:
-    try:
-        return msgspec.json.encode(value)
-    except ValueError:  # a lone surrogate
-        return json.dumps(value).encode()
+    def text(self, text: str) -> bytes | memoryview:
+        """A string without its quotation marks."""
+        return self.long[text] if text in self.long else self.json(text)[1:-1]
+
+    def plain(self, text: str) -> str:
+        """A string as it is meant."""
+        return str(json.loads(self._quoted(text))) if text in self.long else text
+
+    def json(self, value: Any) -> bytes:
+        try:
+            encoded = msgspec.json.encode(value)
+        except ValueError:  # a lone surrogate
+            encoded = json.dumps(value).encode()
+        return _MARK.sub(lambda found: self._quoted(found[1].decode()), encoded) if self.long else encoded
+
+    def _quoted(self, mark: str) -> bytes:
+        return b"".join((b'"', self.long[mark], b'"'))

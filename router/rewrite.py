@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
+from vllm_llmd.router.request import parse_body
+
 HINT_KEY: Final = "kv_transfer_params"
 STREAM_OPTIONS: Final = "stream_options"
 RANK_HEADER: Final = "X-data-parallel-rank"
@@ -40,9 +42,9 @@ Headers = list[tuple[str, str]]
 
 
 def with_hint(raw: bytes, body: Mapping[str, Any], hint: Mapping[str, Any]) -> bytes:
-    """The body to send on. `body` is `raw` parsed; the bytes stay as they are unless the client named the key."""
+    """The body to send on. `body` is `raw`, skimmed or whole; the bytes stay unless the client named the key."""
     if _names_the_key(raw, body):
-        return json.dumps({**_stripped(body), HINT_KEY: hint}).encode()
+        return json.dumps({**_stripped(parse_body(raw)), HINT_KEY: hint}).encode()
     return _with_member(raw, body, HINT_KEY, hint)
 
 
@@ -59,10 +61,10 @@ def asking_for_usage(raw: bytes, body: Mapping[str, Any]) -> "tuple[bytes, Mappi
     asking = {**(options or {}), "include_usage": True}
     if "continuous_usage_stats" in asking:  # which says nothing unless usage is included
         asking["continuous_usage_stats"] = False
-    asked = {**body, STREAM_OPTIONS: asking}
     if STREAM_OPTIONS in body:
+        asked = {**parse_body(raw), STREAM_OPTIONS: asking}
         return json.dumps(asked).encode(), asked
-    return _with_member(raw, body, STREAM_OPTIONS, asking), asked
+    return _with_member(raw, body, STREAM_OPTIONS, asking), {**body, STREAM_OPTIONS: asking}
 
 
 def uncompressed(headers: Headers) -> Headers:
@@ -78,7 +80,7 @@ def unsized(headers: Headers) -> Headers:
 def without_hint(raw: bytes, body: Mapping[str, Any]) -> bytes:
     """The body for an engine that knows no hints: the client's bytes, unless they name the key."""
     if _names_the_key(raw, body):
-        return json.dumps(_stripped(body)).encode()
+        return json.dumps(_stripped(parse_body(raw))).encode()
     return raw
 
 

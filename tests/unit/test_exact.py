@@ -1,5 +1,6 @@
 """Exact mode beside the event loop, and what it does when tokens differ, come late or cannot be told."""
 
+import json
 import threading
 from array import array
 from collections.abc import Mapping
@@ -32,7 +33,7 @@ class Site:
         self.exact._tokenizers[""] = tokenize
 
     async def facts(self, facts: Facts = FACTS) -> Facts:
-        return await self.exact.facts(facts, "completion", BODY)
+        return await self.exact.facts(facts, "completion", json.dumps(BODY).encode())
 
     def counted(self, result: str) -> bool:
         return f'vllm_llmd_exact_prompts_total{{result="{result}"}} 1.0' in self.metrics.exposition().decode()
