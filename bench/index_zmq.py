@@ -53,7 +53,7 @@ class Run:
         fleet = Fleet(settings, clock, "bench")
         stock = StockFleet(settings, fleet, clock)
         for engine in engines:
-            stock.heard(engine, Report(Models(("m",), 131_072), read_metrics(METRICS)))
+            stock.heard(engine, Report(Models(("m",), (), 131_072), read_metrics(METRICS)))
         await asyncio.to_thread(self.publisher.wait_for_subscribers)
         began = time.perf_counter()
         self.publisher.send()

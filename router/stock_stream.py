@@ -16,7 +16,7 @@ from vllm_llmd.router.stock_sequence import Sequence
 from vllm_llmd.router.stock_settings import Rank
 from vllm_llmd.router.stock_socket import Receiver, Socket
 
-REPLAY_PATIENCE_MS: Final = 2000
+REPLAY_PATIENCE_MS: Final = 5000
 """How long a replay may be silent."""
 HIGH_WATER_MARK: Final = 100_000
 
