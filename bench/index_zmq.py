@@ -124,5 +124,5 @@ def measure(settings: Settings) -> Found:
     return Found(
         {"zmq_vs_dynamo": arms.speed_up},
         [arms, own],
-        [f"the publisher sends {sending:.4g} blocks/s at most to us"],
+        [f"the publisher hands ZeroMQ up to {sending:.4g} blocks/s"],
     )
