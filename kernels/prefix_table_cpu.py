@@ -316,12 +316,9 @@ def _match(slots: Slots, directory: Directory, state: Counts, names: Names, dept
     for depth in range(len(names)):
         row = _found(slots, rows[depth & AHEAD - 1], names[depth])
         _fetch(slots, directory, state, names, depth + AHEAD, rows)
-        held = alive & slots[row, HOLDERS]
-        if held != alive:
-            _note(depths, alive ^ held, depth)
-            alive = held
-            if alive == NO_NAME:
-                return
+        alive = _who_goes_on(depths, alive, slots[row, HOLDERS], depth)
+        if alive == NO_NAME:
+            return
     _note(depths, alive, len(names))
 
 
@@ -340,13 +337,19 @@ def _holders(slots: Slots, directory: Directory, state: Counts, names: Names) ->
 def _depths_of(holders: Names, depths: Depths) -> None:
     alive = ~NO_NAME
     for depth in range(len(holders)):
-        held = alive & holders[depth]
-        if held != alive:
-            _note(depths, alive ^ held, depth)
-            alive = held
-            if alive == NO_NAME:
-                return
+        alive = _who_goes_on(depths, alive, holders[depth], depth)
+        if alive == NO_NAME:
+            return
     _note(depths, alive, len(holders))
+
+
+@compiled
+def _who_goes_on(depths: Depths, alive: np.uint64, holders: np.uint64, depth: int) -> np.uint64:
+    """Who of the alive holds the next block too. The others have got as far as `depth`."""
+    held: np.uint64 = alive & holders
+    if held != alive:
+        _note(depths, alive ^ held, depth)
+    return held
 
 
 @compiled
