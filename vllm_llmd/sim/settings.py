@@ -4,7 +4,7 @@ import argparse
 import json
 import os
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, get_args, get_origin
 
 import msgspec
 
@@ -154,7 +154,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             continue
         kind = {int: int, float: float, int | None: int}.get(setting.type, str)
         shown = "" if setting.default is None else " (default: %(default)s)"
-        parser.add_argument(flag, type=kind, default=setting.default, help=text + shown)
+        choices = get_args(setting.type) if get_origin(setting.type) is Literal else None
+        parser.add_argument(flag, type=kind, choices=choices, default=setting.default, help=text + shown)
 
 
 def from_args(args: argparse.Namespace, environ: Mapping[str, str] = os.environ) -> SimSettings:
