@@ -70,6 +70,8 @@ class Arena:
     def __init__(self, functions: Functions) -> None:
         self._functions = functions
         self._data: Bytes = np.empty(ARENA_BYTES, np.uint8)
+        self._seen = self._data.view()
+        self._seen.flags.writeable = False  # to numba of the same type as bytes are: kernels are compiled once
         self._numbers, self._starts, self._ends = np.empty((3, MESSAGES), np.int64)
         self._state: Counts = np.zeros(2, np.int64)
 
@@ -86,7 +88,7 @@ class Arena:
             self._ends,
             self._state,
         )
-        return Frames(self._numbers[:count], self._data, self._starts[:count], self._ends[:count], misshapen)
+        return Frames(self._numbers[:count], self._seen, self._starts[:count], self._ends[:count], misshapen)
 
 
 def compile_ahead() -> None:

@@ -171,8 +171,6 @@ def compile_ahead() -> None:
     frames_cpu.compile_ahead()
     NameTable().make_room(SMALLEST)
     Follower().follow([b"", b"\x92\xcb" + bytes(8) + b"\x90"])
-    nothing, arena = np.empty(0, np.int64), np.empty(0, np.uint8)
-    Follower().follow_frames(Frames(nothing, arena, nothing, nothing))
     follower = Follower()
     for event in (Stored((1,), None, [1], None), Stored((2,), 1, [1], [["x"]]), Removed((1,))):
         follower._apply(Reported(event, block_size=1))
