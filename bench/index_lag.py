@@ -24,10 +24,12 @@ from vllm_llmd.clock import MonotonicClock
 from vllm_llmd.kernels import hash_chain_cpu, prefix_table_cpu
 from vllm_llmd.launch_process import reserve_port
 from vllm_llmd.names import EngineId
-from vllm_llmd.router.decide import Policy, decide
+from vllm_llmd.router import policies
+from vllm_llmd.router.decide import decide
 from vllm_llmd.router.fleet import Fleet, Reply, Sender
 from vllm_llmd.router.ingest import Ingest
 from vllm_llmd.router.observe import Metrics
+from vllm_llmd.router.policy import PolicySettings
 from vllm_llmd.router.request import Facts
 from vllm_llmd.router.settings import RouterSettings
 
@@ -61,7 +63,10 @@ class WatchedFleet(Fleet):
 
 async def look_up(fleet: Fleet, took_ms: list[float]) -> None:
     """A choice for one prompt or another, again and again."""
-    policy, rng = Policy(min_remote_tokens=256, rng=random.Random(0)), np.random.default_rng(0)
+    policy, rng = (
+        policies.make(RouterSettings().policy, PolicySettings(256, random.Random(0))),
+        np.random.default_rng(0),
+    )
     while True:
         began = time.perf_counter()
         tokens = array("I", rng.integers(0, 150_000, PROMPT_TOKENS, np.uint32).tobytes())

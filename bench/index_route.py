@@ -19,9 +19,10 @@ from vllm_llmd.kernels import hash_chain_cpu, json_strings_cpu, prefix_table_cpu
 from vllm_llmd.kernels.hash_chain import Names
 from vllm_llmd.kernels.hash_chain_cpu import chain_names
 from vllm_llmd.names import EngineId, Epoch
-from vllm_llmd.router import rewrite
-from vllm_llmd.router.decide import Decision, Policy, decide
+from vllm_llmd.router import policies, rewrite
+from vllm_llmd.router.decide import Decision, decide
 from vllm_llmd.router.fleet import Fleet
+from vllm_llmd.router.policy import PolicySettings
 from vllm_llmd.router.request import Kind, read_facts, skim
 from vllm_llmd.router.settings import RouterSettings
 from vllm_llmd.testing.clock import FakeClock
@@ -32,7 +33,7 @@ TOKENS = 100_000
 TEXT_BYTES = 450_000
 TURNS = 11
 HINT = {"llmd": {"request": "r-1", "source": "engine-1"}}
-POLICY = Policy(256, random.Random(0))
+POLICY = policies.make(RouterSettings().policy, PolicySettings(256, random.Random(0)))
 WORDS = ("the", "of", "prefix", "and", "cache", "a", "request", "holds", "engine", "to", "block,", "which", "router.")
 
 

@@ -16,8 +16,11 @@ from index_fleet import MODEL, FilledFleet
 from index_values import Arms, Found, Settings
 
 from vllm_llmd.kernels import hash_chain_cpu
-from vllm_llmd.router.decide import Decision, Policy, decide
+from vllm_llmd.router import policies
+from vllm_llmd.router.decide import Decision, decide
+from vllm_llmd.router.policy import PolicySettings
 from vllm_llmd.router.request import Facts
+from vllm_llmd.router.settings import RouterSettings
 
 ENGINES = 64
 BLOCK_SIZE = 16
@@ -45,7 +48,7 @@ class Sides:
         self.ours = FilledFleet(ENGINES, BLOCK_SIZE, blocks)
         self.dynamo = Selector(BLOCK_SIZE)
         self._blocks = blocks
-        self._policy = Policy(min_remote_tokens=256, rng=random.Random(0))
+        self._policy = policies.make(RouterSettings().policy, PolicySettings(256, random.Random(0)))
 
     async def fill(self, resident: int, everyone: Prompt, one: Prompt, rng: np.random.Generator) -> None:
         """`everyone` is held by all engines, `one` by a single one; the rest is of other prompts."""

@@ -3,22 +3,23 @@
 A roster is what does not depend on the request; it is made once for as long as the fleet stays the same.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from vllm_llmd.names import EngineId
-from vllm_llmd.router.membership import Engine
+from vllm_llmd.router.membership import LOAD_COLUMNS, Engine
 from vllm_llmd.wire import EngineInfo
 
 Places = npt.NDArray[np.intp]
 """Where engines stand in the columns, shape (n,)."""
 Counts = npt.NDArray[np.int64]
 """One count per engine, shape (engines,)."""
-Milliseconds = npt.NDArray[np.float64]
-"""One time per engine, shape (engines,)."""
+Column = npt.NDArray[np.float64]
+"""One number per engine, shape (engines,)."""
+Milliseconds = Column
 Shape = tuple[int, str | None]
 
 
@@ -35,6 +36,7 @@ class Roster:
     prefillers: Places
     kinds: Counts
     block_sizes: Counts
+    num_blocks: Counts
     shapes: tuple[tuple[Shape, Places], ...]
 
     @classmethod
@@ -52,6 +54,7 @@ class Roster:
             prefillers=np.flatnonzero(prefills),
             kinds=np.array([kinds.setdefault(engine.info.fingerprint, len(kinds)) for engine in engines], np.int64),
             block_sizes=np.array([engine.info.block_size for engine in engines], np.int64),
+            num_blocks=np.array([max(engine.info.num_blocks, 1) for engine in engines], np.int64),
             shapes=tuple((shape, np.array(places, np.intp)) for shape, places in shapes.items()),
         )
 
@@ -69,8 +72,30 @@ def adapter_of(info: EngineInfo, model: str | None) -> str | None:
 
 
 @dataclass(frozen=True, eq=False)
+class Loads:
+    """What every engine has to do. `requests` and `tokens` to prefill count what it has not reported yet, too.
+
+    `running` and `waiting` are requests as it has reported them; of its GPU's blocks `free_blocks` are not in use, and
+    `cached_blocks` hold something that may be found again.
+    """
+
+    requests: Column
+    tokens: Column
+    running: Column
+    waiting: Column
+    free_blocks: Column
+    cached_blocks: Column
+    step_ms: Milliseconds
+
+    @classmethod
+    def of(cls, engines: Iterable[Engine]) -> "Loads":
+        rows = np.frombuffer(b"".join([engine.row for engine in engines]), np.float64).reshape(-1, LOAD_COLUMNS)
+        return cls(*np.ascontiguousarray(rows.T))
+
+
+@dataclass(frozen=True, eq=False)
 class Candidates:
-    """The engines of a roster and what concerns one request: how much of the prompt each has cached, and its queue.
+    """The engines of a roster and what concerns one request: how much of the prompt each has cached, and its load.
 
     `offloaded_blocks` of the `prefix_blocks` are not on the GPU: they come after the last that is.
     `prefix_blocks` are as many as are to be counted on, `claimed_blocks` what the index says.
@@ -79,8 +104,12 @@ class Candidates:
     roster: Roster
     prefix_blocks: Counts
     offloaded_blocks: Counts
-    queue_ms: Milliseconds
     claimed_blocks: Counts
+    loads: Loads
 
     def __len__(self) -> int:
         return len(self.roster.engines)
+
+    @property
+    def prefix_tokens(self) -> Counts:
+        return self.prefix_blocks * self.roster.block_sizes

@@ -1,28 +1,21 @@
 """HOT PATH: one request and the engines that could serve it -> where to decode and who supplies the KV. Pure."""
 
-import random
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from vllm_llmd.names import EngineId
-from vllm_llmd.router import costs, picker
 from vllm_llmd.router.candidates import Candidates
+from vllm_llmd.router.policy import Choice, Policy
 from vllm_llmd.router.request import Facts
-
-
-@dataclass(frozen=True)
-class Policy:
-    """`min_remote_tokens`: with fewer uncached prompt tokens, the destination prefills by itself."""
-
-    min_remote_tokens: int
-    rng: random.Random
 
 
 @dataclass(frozen=True)
 class Decision:
     """`predicted_blocks` of the prompt are cached at `destination`, `claimed_blocks` if the index is right.
 
-    `terms` are its costs in milliseconds.
+    `source` supplies KV up to token `source_until`, or to the prompt's end if that is None. `prefill_tokens` says how
+    many of the prompt's tokens each of the two then computes. `terms` are its costs in milliseconds; `choice` is what
+    it was made of.
     """
 
     destination: EngineId
@@ -31,24 +24,38 @@ class Decision:
     claimed_blocks: int
     uncached_tokens: int
     terms: Mapping[str, float]
+    source_until: int | None = None
+    prefill_tokens: Mapping[EngineId, int] = field(default_factory=dict)
+    choice: Choice | None = None
 
 
 def decide(facts: Facts, candidates: Candidates, policy: Policy) -> Decision | None:
     """Where the request goes; None if there is no candidate."""
-    destination = picker.best(picker.destinations(candidates), candidates, policy.rng)
-    if destination is None:
-        return None
-    roster, predicted_blocks = candidates.roster, int(candidates.prefix_blocks[destination])
-    uncached_tokens = max(facts.prompt_tokens - predicted_blocks * int(roster.block_sizes[destination]), 0)
-    source = None
-    if uncached_tokens >= policy.min_remote_tokens:
-        source = picker.best(picker.sources(candidates, destination), candidates, policy.rng)
-    queue_ms = float(candidates.queue_ms[destination])
+    choice = policy.choose(facts, candidates)
+    return None if choice is None else decision_of(choice, facts, candidates)
+
+
+def decision_of(choice: Choice, facts: Facts, candidates: Candidates) -> Decision:
+    """A choice in terms that hold when the columns are gone."""
+    roster, at, source = candidates.roster, choice.destination, choice.source
+    predicted_blocks = int(candidates.prefix_blocks[at])
+    uncached_tokens = max(facts.prompt_tokens - predicted_blocks * int(roster.block_sizes[at]), 0)
+    prefill_tokens = {roster.id(at): uncached_tokens}
+    if source is not None:
+        until = facts.prompt_tokens if choice.until is None else choice.until
+        cached_tokens = int(candidates.prefix_blocks[source]) * int(roster.block_sizes[source])
+        prefill_tokens = {
+            roster.id(at): max(facts.prompt_tokens - until, 0),
+            roster.id(source): max(until - cached_tokens, 0),
+        }
     return Decision(
-        destination=roster.id(destination),
+        destination=roster.id(at),
         source=None if source is None else roster.id(source),
         predicted_blocks=predicted_blocks,
-        claimed_blocks=int(candidates.claimed_blocks[destination]),
+        claimed_blocks=int(candidates.claimed_blocks[at]),
         uncached_tokens=uncached_tokens,
-        terms={"queue_ms": queue_ms, "prefill_ms": costs.prefill_ms(uncached_tokens)},
+        terms=choice.terms,
+        source_until=choice.until,
+        prefill_tokens=prefill_tokens,
+        choice=choice,
     )

@@ -16,9 +16,9 @@ from vllm_llmd.errors import MalformedMessageError
 from vllm_llmd.kernels.hash_chain import Names
 from vllm_llmd.kernels.kv_events_plain import Change
 from vllm_llmd.names import TIERS, EngineId
-from vllm_llmd.router import costs, text_index
+from vllm_llmd.router import text_index
 from vllm_llmd.router.agreement import Agreement, prompt_names
-from vllm_llmd.router.candidates import Candidates, Places, Roster, adapter_of
+from vllm_llmd.router.candidates import Candidates, Loads, Places, Roster, adapter_of
 from vllm_llmd.router.cursor import Cursor, Outcome
 from vllm_llmd.router.decide import Decision
 from vllm_llmd.router.membership import Engine, Membership, Placed, State, Stock
@@ -148,8 +148,8 @@ class Fleet:
         now_ms = self._clock.now_ms()
         match message:
             case wire.Heartbeat():
-                self.membership.reported(message.engine, message.load, now_ms)
                 held = {tier: self.index.contents(message.engine, tier) for tier in TIERS}
+                self.membership.reported(message.engine, message.load, now_ms, held["gpu"].blocks)
                 known = None if self.index.without_room(message.engine) else held
                 return self._act(message.engine, self._cursors[message.engine].on_heartbeat(message, known, now_ms))
             case wire.BlocksChanged():
@@ -236,7 +236,7 @@ class Fleet:
         was_stale = self.membership.heard(engine, now_ms)
         self.membership.index_exact(engine)
         if load is not None:
-            self.membership.reported(engine, load, now_ms)
+            self.membership.reported(engine, load, now_ms, self.index.contents(engine, "gpu").blocks)
         return was_stale
 
     def stock_changed(self, engine: EngineId, change: Change, block_size: int | None) -> None:
@@ -270,21 +270,18 @@ class Fleet:
             chain = self._chain(facts, chunks, block_size, adapter)
             depths = self.index.match(chain)
             prefix_blocks[among], on_gpu[among] = depths.with_offloaded_at(places[among]), depths.at(places[among])
-        requests = np.array([engine.requests_ahead for engine in roster.engines], np.int64)
-        tokens = np.array([engine.tokens_ahead for engine in roster.engines], np.int64)
         believed = self.truth.believed((engine.info.id for engine in roster.engines), prefix_blocks)
         offloaded = np.maximum(believed - on_gpu, 0)
-        return Candidates(roster, believed, offloaded, costs.queue_ms(requests, tokens), prefix_blocks)
+        return Candidates(roster, believed, offloaded, prefix_blocks, Loads.of(roster.engines))
 
     def place(self, request: str, decision: Decision, chunks: Chunks) -> None:
         """Counts a decision until the engines report it, and waits for the prompt's blocks to learn from."""
         self.texts.forwarded(request, chunks)
         now_ms = self._clock.now_ms()
-        for engine_id in {decision.destination, decision.source or decision.destination}:
+        for engine_id, prefill_tokens in decision.prefill_tokens.items():
             engine = self.membership.get(engine_id)
             if engine is not None:
-                computes = engine_id == (decision.source or decision.destination)
-                engine.place(request, Placed(now_ms, decision.uncached_tokens if computes else 0))
+                engine.place(request, Placed(now_ms, prefill_tokens))
 
     def foretold(self, facts: Facts, decision: Decision) -> Prediction | None:
         """What the index claims of the decision's destination. None if what the engine finds says nothing of that."""

@@ -18,12 +18,13 @@ from aiohttp.typedefs import Handler
 
 from vllm_llmd.clock import Clock
 from vllm_llmd.names import EngineId
-from vllm_llmd.router import replies, rewrite, upstream, usage
-from vllm_llmd.router.decide import Decision, Policy, decide
+from vllm_llmd.router import policies, replies, rewrite, upstream, usage
+from vllm_llmd.router.decide import Decision, decide
 from vllm_llmd.router.exact import Exact
 from vllm_llmd.router.fleet import Fleet
 from vllm_llmd.router.membership import Engine
 from vllm_llmd.router.observe import Metrics
+from vllm_llmd.router.policy import PolicySettings
 from vllm_llmd.router.request import Facts, Kind, RequestError, read_facts, skim
 from vllm_llmd.router.settings import RouterSettings
 from vllm_llmd.router.text_index import Chunks
@@ -62,7 +63,7 @@ class Front:
         self._life = life
         self._numbers = itertools.count(1)
         self._started_s = int(time.time())
-        self._policy = Policy(settings.min_remote_tokens, random.Random())
+        self._policy = policies.make(settings.policy, PolicySettings(settings.min_remote_tokens, random.Random()))
         self._exact = Exact(settings, fleet.agreement, metrics)
         self._connect_timeout_ms = settings.connect_timeout_ms
         self._session: aiohttp.ClientSession | None = None
@@ -219,8 +220,7 @@ def _attempt_at(
     """What an engine is sent. One without our plugin gets no hint: it would not understand it."""
     raw, body = asking or (call.raw, call.body)
     if engine.stock is None:
-        hint = {"request": call.id} | ({} if decision.source is None else {"source": decision.source})
-        sent = rewrite.with_hint(raw, body, {"llmd": hint})
+        sent = rewrite.with_hint(raw, body, {"llmd": _hint(call.id, decision)})
     else:
         sent = rewrite.without_hint(raw, body)
     headers = rewrite.request_headers(call.http.headers.items(), call.id)
@@ -229,6 +229,14 @@ def _attempt_at(
     if engine.stock is not None and engine.stock.rank is not None:
         headers = rewrite.for_rank(headers, engine.stock.rank)
     return Attempt(engine.info.http.rstrip("/") + call.http.path, headers, sent)
+
+
+def _hint(request: str, decision: Decision) -> dict[str, Any]:
+    if decision.source is None:
+        return {"request": request}
+    if decision.source_until is None:
+        return {"request": request, "source": decision.source}
+    return {"request": request, "sources": [{"engine": decision.source, "until": decision.source_until}]}
 
 
 def _response(answer: Answer, meter: Meter) -> web.StreamResponse:

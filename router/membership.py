@@ -4,10 +4,14 @@ An engine joins with Hello, is ready once its index is exact, goes stale when si
 long or when it says goodbye. One epoch is one life: a new one replaces the old, and a former one is refused.
 """
 
+import math
+import struct
 from collections import deque
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Final, Literal
+
+import msgspec
 
 from vllm_llmd.names import EngineId, Epoch
 from vllm_llmd.wire import EngineInfo, Load
@@ -44,6 +48,12 @@ Standing = Literal["unknown", "current", "former"]
 
 FORMER_EPOCHS_KEPT: Final = 64
 
+LOAD_COLUMNS: Final = 7
+_ROW: Final = struct.Struct(f"{LOAD_COLUMNS}d")
+
+MOST: Final = 1e9
+"""No engine has more requests, tokens or blocks, or takes more milliseconds: what says so is wrong."""
+
 
 @dataclass
 class Placed:
@@ -62,7 +72,10 @@ class Stock:
 
 @dataclass
 class Engine:
-    """One engine's current life. `stock` is None where it has our plugin, and with it a link to us."""
+    """One engine's current life. `stock` is None where it has our plugin, and with it a link to us.
+
+    `row` is its load as `candidates.Loads` has it; `cached_blocks` were in the index of its GPU when it last reported.
+    """
 
     info: EngineInfo
     state: State
@@ -77,6 +90,11 @@ class Engine:
     stamp: bytes | None = None
     """What `usage.Unasked` has learnt from its streams."""
     takes_stream_options: bool = True
+    cached_blocks: int = 0
+    row: bytes = b""
+
+    def __post_init__(self) -> None:
+        self._write_row()
 
     def place(self, request: str, placed: Placed) -> None:
         """Counts a request that this router sends to it until its own report does."""
@@ -84,6 +102,7 @@ class Engine:
         self.unreported[request] = placed
         self.requests_ahead += 1
         self.tokens_ahead += placed.prefill_tokens
+        self._write_row()
 
     def ended(self, request: str) -> None:
         """The request is over, reported or not."""
@@ -91,13 +110,36 @@ class Engine:
         if placed is not None:
             self.requests_ahead -= 1
             self.tokens_ahead -= placed.prefill_tokens
+            self._write_row()
 
-    def reported(self, load: Load, now_ms: float) -> None:
+    def reported(self, load: Load, now_ms: float, cached_blocks: int = 0) -> None:
         """Takes a load report in. It covers what was placed before the report before it."""
+        load = plausible(load)
         still = {request: placed for request, placed in self.unreported.items() if placed.at_ms > self.load_at_ms}
         self.load, self.load_at_ms, self.unreported = load, now_ms, still
         self.requests_ahead = load.running + load.waiting + load.waiting_for_kv + len(still)
         self.tokens_ahead = load.prefill_tokens + sum(placed.prefill_tokens for placed in still.values())
+        self.cached_blocks = cached_blocks
+        self._write_row()
+
+    def _write_row(self) -> None:
+        load = self.load
+        self.row = _ROW.pack(
+            self.requests_ahead,
+            self.tokens_ahead,
+            load.running,
+            load.waiting,
+            load.free_blocks,
+            self.cached_blocks,
+            load.step_ms,
+        )
+
+
+def plausible(load: Load) -> Load:
+    """The load with every number between 0 and what an engine can have; what is no number counts as 0."""
+    told = {name: getattr(load, name) for name in load.__struct_fields__}
+    kept = {name: type(value)(min(max(value, 0), MOST)) if math.isfinite(value) else 0 for name, value in told.items()}
+    return load if kept == told else msgspec.structs.replace(load, **kept)
 
 
 class Membership:
@@ -166,8 +208,8 @@ class Membership:
         known.heard_ms = now_ms
         return self._on(known, Event.HEARD)
 
-    def reported(self, engine: EngineId, load: Load, now_ms: float) -> None:
-        self._engines[engine].reported(load, now_ms)
+    def reported(self, engine: EngineId, load: Load, now_ms: float, cached_blocks: int = 0) -> None:
+        self._engines[engine].reported(load, now_ms, cached_blocks)
 
     def index_exact(self, engine: EngineId) -> None:
         self._on(self._engines[engine], Event.INDEX_EXACT)

@@ -1,11 +1,14 @@
-"""Chooses among candidates: the longest cached prefix, most of it on the GPU, the least load, and chance. Pure.
+"""Who of the candidates may do what, and how one of several is picked. Pure.
 
 Candidates are spoken of by their places in the columns.
 """
 
 import random
+from typing import Protocol
 
-from vllm_llmd.router.candidates import Candidates, Counts, Places
+from vllm_llmd.router.candidates import Candidates, Column, Counts, Places
+from vllm_llmd.router.policy import Choice
+from vllm_llmd.router.request import Facts
 
 
 def destinations(candidates: Candidates) -> Places:
@@ -20,17 +23,41 @@ def sources(candidates: Candidates, destination: int) -> Places:
     return found
 
 
-def best(eligible: Places, candidates: Candidates, rng: random.Random) -> int | None:
-    """Who of the eligible has the longest prefix in tokens, most of it on the GPU, the least load; of equals any."""
-    if not len(eligible):
-        return None
-    cached = prefix_tokens(candidates)[eligible]
-    equals = eligible[cached == cached.max()]
-    for cost in (candidates.offloaded_blocks, candidates.queue_ms):
-        here = cost[equals]
-        equals = equals[here == here.min()]
+def least(eligible: Places, cost: Column | Counts, rng: random.Random) -> int:
+    """Any of those of the eligible, at least one, whose cost is the least. `cost` has a number for every candidate."""
+    equals = narrowed(eligible, cost)
     return int(equals[rng.randrange(len(equals))])
 
 
-def prefix_tokens(candidates: Candidates) -> Counts:
-    return candidates.prefix_blocks * candidates.roster.block_sizes
+def narrowed(eligible: Places, cost: Column | Counts) -> Places:
+    """Those of the eligible, at least one, whose cost is the least."""
+    here = cost[eligible]
+    found: Places = eligible[here == here.min()]
+    return found
+
+
+class Pick(Protocol):
+    """One way to pick an engine, whatever for."""
+
+    def pick(self, eligible: Places, facts: Facts, candidates: Candidates) -> int:
+        """One of the eligible, of whom there is at least one."""
+
+
+class PickInTurn:
+    """A policy that picks a destination, and then by another pick a source, if enough of the prompt is not cached."""
+
+    def __init__(self, destination: Pick, source: Pick, min_remote_tokens: int) -> None:
+        self._destination = destination
+        self._source = source
+        self._min_remote_tokens = min_remote_tokens
+
+    def choose(self, facts: Facts, candidates: Candidates) -> Choice | None:
+        eligible = destinations(candidates)
+        if not len(eligible):
+            return None
+        destination = self._destination.pick(eligible, facts, candidates)
+        if facts.prompt_tokens - int(candidates.prefix_tokens[destination]) < self._min_remote_tokens:
+            return Choice(destination)
+        eligible = sources(candidates, destination)
+        source = self._source.pick(eligible, facts, candidates) if len(eligible) else None
+        return Choice(destination, source)

@@ -34,6 +34,7 @@ class RouterSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     stale_after_ms: int = 3000
     gone_after_ms: int = 60_000
     snapshot_retry_ms: int = 2000
+    policy: str = "prefix_first"
     min_remote_tokens: int = 256
     connect_timeout_ms: int = 5000
     shutdown_ms: int = 5000
@@ -73,6 +74,7 @@ _FLAGS: Mapping[str, str] = {
     "stale_after_ms": "an engine silent for this long gets no requests",
     "gone_after_ms": "an engine silent for this long is forgotten",
     "snapshot_retry_ms": "how long to wait for a snapshot before asking again",
+    "policy": "how engines are chosen: see docs/policies.md",
     "min_remote_tokens": "uncached prompt tokens from which a prefill engine supplies the KV",
     "connect_timeout_ms": "how long to wait for an engine to accept a connection",
     "shutdown_ms": "how long requests in flight may take to end when the router is told to stop",

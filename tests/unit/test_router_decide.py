@@ -8,12 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_llmd.names import EngineId, Epoch, Role
-from vllm_llmd.router.candidates import Candidates, Roster
+from vllm_llmd.router import policies
+from vllm_llmd.router.candidates import Candidates, Loads, Roster
 from vllm_llmd.router.costs import queue_ms
-from vllm_llmd.router.decide import Decision, Policy, decide
+from vllm_llmd.router.decide import Decision, decide
 from vllm_llmd.router.membership import Engine, State
+from vllm_llmd.router.policy import Policy, PolicySettings
 from vllm_llmd.router.request import Facts
-from vllm_llmd.wire import EngineInfo
+from vllm_llmd.wire import EngineInfo, Load
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,7 @@ class Candidate:
 
     info: EngineInfo
     prefix: int
-    queue: float
+    queue: int
     offloaded: int = 0
 
     @property
@@ -39,16 +41,22 @@ class Candidate:
 
 
 def engine(
-    name: str, role: Role = "both", prefix: int = 0, queue: float = 0.0, fingerprint: str = "f", block_size: int = 16
+    name: str, role: Role = "both", prefix: int = 0, queue: int = 0, fingerprint: str = "f", block_size: int = 16
 ) -> Candidate:
     info = EngineInfo(EngineId(name), Epoch(1), role, "", ["m"], block_size, 100, 100, fingerprint, [])
     return Candidate(info, prefix, queue)
 
 
 def columns(*rows: Candidate) -> Candidates:
-    roster = Roster.of([Engine(row.info, State.READY, 0) for row in rows], "m")
+    engines = [Engine(row.info, State.READY, 0) for row in rows]
+    for each, row in zip(engines, rows, strict=True):
+        each.reported(Load(waiting=row.queue), 0)
     prefix, offloaded = np.array([(row.prefix, row.offloaded) for row in rows], int).reshape(-1, 2).T
-    return Candidates(roster, prefix, offloaded, np.array([row.queue for row in rows], float), prefix)
+    return Candidates(Roster.of(engines, "m"), prefix, offloaded, prefix, Loads.of(engines))
+
+
+def prefix_first(seed: int = 0) -> Policy:
+    return policies.make("prefix_first", PolicySettings(256, random.Random(seed)))
 
 
 def facts(tokens: int) -> Facts:
@@ -56,13 +64,13 @@ def facts(tokens: int) -> Facts:
 
 
 def choose(tokens: int, *candidates: Candidate, seed: int = 0) -> Decision:
-    decision = decide(facts(tokens), columns(*candidates), Policy(256, random.Random(seed)))
+    decision = decide(facts(tokens), columns(*candidates), prefix_first(seed))
     assert decision is not None
     return decision
 
 
 def test_no_candidate_no_decision() -> None:
-    assert decide(facts(10), columns(), Policy(256, random.Random())) is None
+    assert decide(facts(10), columns(), prefix_first()) is None
 
 
 def test_the_longest_prefix_wins_over_load() -> None:
@@ -117,7 +125,7 @@ def test_prefixes_are_compared_in_tokens() -> None:
 
 
 def test_load_counts_requests_and_tokens_ahead_of_each_candidate() -> None:
-    idle, one_request, one_token = queue_ms(np.array([0, 1, 0]), np.array([0, 0, 1]))
+    idle, one_request, one_token = queue_ms(np.array([0.0, 1.0, 0.0]), np.array([0.0, 0.0, 1.0]))
     assert idle == 0 < one_token < one_request
 
 
@@ -140,7 +148,7 @@ def test_engines_that_name_blocks_alike_are_looked_up_together(model: str | None
 
 roles = st.sampled_from(["prefill", "decode", "both"])
 fleets = st.lists(
-    st.builds(engine, st.uuids().map(str), roles, st.integers(0, 9), st.floats(0, 100), st.sampled_from("fg")),
+    st.builds(engine, st.uuids().map(str), roles, st.integers(0, 9), st.integers(0, 100), st.sampled_from("fg")),
     min_size=1,
 )
 

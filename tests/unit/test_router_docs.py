@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from vllm_llmd import wire
-from vllm_llmd.router import cursor, fleet
+from vllm_llmd.router import cursor, fleet, policies
 from vllm_llmd.router.fleet import Fleet
 from vllm_llmd.router.observe import Metrics
 from vllm_llmd.router.settings import RouterSettings
@@ -30,6 +30,11 @@ def test_every_message_is_described_with_its_fields_in_order(message: type[msgsp
 def test_every_flag_is_described_with_its_default(setting: msgspec.structs.FieldInfo) -> None:
     default = "none" if setting.default is None else str(setting.default)
     assert f" {default} " in row("router.md", "--" + setting.name.replace("_", "-")).split("|")[2]
+
+
+@pytest.mark.parametrize("policy", policies.BUILT_IN)
+def test_every_policy_is_described(policy: str) -> None:
+    row("policies.md", policy)
 
 
 def test_every_metric_is_described() -> None:

@@ -17,10 +17,12 @@ from vllm_llmd.kv_connector import mirror
 from vllm_llmd.kv_connector.link import Dialogue, Say
 from vllm_llmd.kv_connector.mirror import Change, Mirror
 from vllm_llmd.names import TIERS, BlockName, EngineId, Epoch
+from vllm_llmd.router import policies
 from vllm_llmd.router.candidates import Candidates
-from vllm_llmd.router.decide import Policy, decide
+from vllm_llmd.router.decide import decide
 from vllm_llmd.router.fleet import Fleet, Reply, Verdict
 from vllm_llmd.router.membership import State
+from vllm_llmd.router.policy import PolicySettings
 from vllm_llmd.router.prefix_index import Difference
 from vllm_llmd.router.request import read_facts
 from vllm_llmd.router.settings import RouterSettings
@@ -402,7 +404,7 @@ def test_the_claims_of_an_engine_that_lacks_what_is_predicted_are_cut_down_after
         return net.fleet.candidates(facts, net.fleet.cut(facts))
 
     def answer(cached_tokens: int) -> None:
-        decision = decide(facts, candidates(), Policy(1000, random.Random()))
+        decision = decide(facts, candidates(), policies.make("prefix_first", PolicySettings(1000, random.Random())))
         assert decision is not None
         prediction = net.fleet.foretold(facts, decision)
         assert prediction is not None and prediction.blocks == 4
@@ -414,7 +416,7 @@ def test_the_claims_of_an_engine_that_lacks_what_is_predicted_are_cut_down_after
     net.down += net.fleet.tick()
     [asked] = net.down
     assert isinstance(asked.message, wire.SnapshotWanted) and asked.message.reason == "predictions wrong"
-    decision = decide(facts, candidates(), Policy(1000, random.Random()))
+    decision = decide(facts, candidates(), policies.make("prefix_first", PolicySettings(1000, random.Random())))
     assert decision is not None and net.fleet.foretold(facts, decision) is None  # while the index is not exact
     net.flow()
     for _ in range(8):

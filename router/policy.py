@@ -1,0 +1,47 @@
+"""What a policy is: what it is asked, what it answers, and what it is made from. Values only.
+
+A policy speaks of candidates by their places in the columns. It may keep state between requests; it is asked by one
+thread.
+"""
+
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from vllm_llmd.router.candidates import Candidates, Milliseconds
+from vllm_llmd.router.request import Facts
+
+
+@dataclass(frozen=True)
+class PolicySettings:
+    """What every policy is made from. With fewer uncached prompt tokens than `min_remote_tokens` there is no source."""
+
+    min_remote_tokens: int
+    rng: random.Random
+
+
+@dataclass(frozen=True)
+class Choice:
+    """`destination` decodes; `source` supplies the KV of the prompt up to token `until`, or to its end if that is None.
+
+    `terms` are what this costs, and `prices` what it would cost to have each candidate do all of it, by term; in
+    predicted milliseconds, and empty where the policy does not reckon in them.
+    """
+
+    destination: int
+    source: int | None = None
+    until: int | None = None
+    terms: Mapping[str, float] = field(default_factory=dict)
+    prices: Mapping[str, Milliseconds] = field(default_factory=dict)
+
+
+class Policy(Protocol):
+    """Decides where a request goes."""
+
+    def choose(self, facts: Facts, candidates: Candidates) -> Choice | None:
+        """None if nobody can take it. Never raises: candidates may be none, and their numbers may be anything."""
+
+
+Factory = Callable[[PolicySettings], Policy]
+"""What the name of a policy stands for, and what an entry point in `vllm_llmd.policies` names."""
