@@ -14,7 +14,7 @@ from index_fleet import EPOCH, info
 from vllm_llmd import wire
 from vllm_llmd.kernels.frames_cpu import Bytes, Counts, call
 from vllm_llmd.kernels.memory_cpu import compiled
-from vllm_llmd.router.stock_socket import address_of
+from vllm_llmd.router.zmq_receive import address_of
 
 CHAIN_MESSAGES = 16
 """Messages of one prompt, each block's parent being in the one before."""

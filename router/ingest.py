@@ -14,6 +14,7 @@ from vllm_llmd import wire
 from vllm_llmd.errors import ConfigError, UnknownVersionError, WireError
 from vllm_llmd.router.fleet import Fleet, Reply, Sender
 from vllm_llmd.router.observe import Metrics
+from vllm_llmd.router.zmq_receive import receiver
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +32,7 @@ class Ingest:
         self._metrics = metrics
         self._complaints: dict[tuple[Sender, str], None] = {}
         self._readable = asyncio.Event()
+        self._receiver = receiver()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 0)
@@ -75,19 +77,16 @@ class Ingest:
 
     def _take_some(self) -> int:
         """Takes in what has come, up to a turn's worth. Returns how many messages that were."""
-        for taken in range(MESSAGES_PER_TURN):
-            try:
-                frames = self._socket.recv_multipart(zmq.DONTWAIT)
-            except zmq.Again:
-                return taken
-            self._take(frames)
-        return MESSAGES_PER_TURN
+        messages = self._receiver.receive_ends(self._socket, MESSAGES_PER_TURN)
+        for frames, sender, body in messages:
+            self._take(frames, sender, body)
+        return len(messages)
 
-    def _take(self, frames: list[bytes]) -> None:
-        sender, body = frames[0], frames[-1]
+    def _take(self, frames: int, sender: Sender, body: bytes) -> None:
+        """`frames` counts the sender's name in; there are none of a message that is too large."""
         try:
-            if len(frames) != 2:
-                raise WireError(f"a message is one frame; got {len(frames) - 1}")
+            if frames != 2:
+                raise WireError(f"a message is one frame; got {frames - 1}" if frames else "a message is too large")
             replies = self._fleet.on_message(sender, wire.decode_link(body))
         except WireError as error:
             self._complain(sender, type(error).__name__, str(error))

@@ -20,7 +20,14 @@ from aiohttp import web
 
 from vllm_llmd.clock import MonotonicClock
 from vllm_llmd.errors import ConfigError
-from vllm_llmd.kernels import hash_chain_cpu, json_strings_cpu, kv_events_cpu, prefix_table_cpu, text_table_cpu
+from vllm_llmd.kernels import (
+    frames_cpu,
+    hash_chain_cpu,
+    json_strings_cpu,
+    kv_events_cpu,
+    prefix_table_cpu,
+    text_table_cpu,
+)
 from vllm_llmd.router.admin import Admin, bearer_guard
 from vllm_llmd.router.fleet import Fleet
 from vllm_llmd.router.front import Front, in_openai_shape
@@ -45,6 +52,7 @@ async def serve(settings: RouterSettings) -> int:
     prefix_table_cpu.compile_ahead()
     text_table_cpu.compile_ahead()
     json_strings_cpu.compile_ahead()
+    frames_cpu.compile_ahead()
     clock, life = MonotonicClock(), secrets.token_hex(6)
     fleet = Fleet(settings, clock, life)
     metrics = Metrics(fleet)

@@ -19,8 +19,8 @@ from vllm_llmd.clock import Clock
 from vllm_llmd.kernels.kv_events_plain import Change
 from vllm_llmd.names import EngineId
 from vllm_llmd.router.stock_settings import Rank
-from vllm_llmd.router.stock_socket import Socket, receiver
 from vllm_llmd.router.stock_stream import Stream
+from vllm_llmd.router.zmq_receive import Socket, receiver
 
 log = logging.getLogger(__name__)
 

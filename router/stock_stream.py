@@ -14,7 +14,7 @@ from vllm_llmd.kernels.kv_events_cpu import Follower
 from vllm_llmd.kernels.kv_events_plain import Change
 from vllm_llmd.router.stock_sequence import Sequence
 from vllm_llmd.router.stock_settings import Rank
-from vllm_llmd.router.stock_socket import Receiver, Socket
+from vllm_llmd.router.zmq_receive import Receiver, Socket
 
 REPLAY_PATIENCE_MS: Final = 5000
 """How long a replay may be silent."""

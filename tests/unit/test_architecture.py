@@ -101,7 +101,7 @@ HOMES: dict[str, tuple[str, ...]] = {
         "kv_connector/own_ranks.py",
         "router/ingest.py",
         "router/stock_events.py",
-        "router/stock_socket.py",
+        "router/zmq_receive.py",
         "router/stock_stream.py",
         "vllm_llmd/sim/bad_wire.py",
         "vllm_llmd/sim/engine.py",

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import zmq
 
+from vllm_llmd.kernels import frames_cpu
 from vllm_llmd.kernels.frames_cpu import MESSAGES, Frames, frames_of
-from vllm_llmd.router.stock_socket import KernelReceiver, PlainReceiver, Receiver, receiver
+from vllm_llmd.router.zmq_receive import KernelReceiver, PlainReceiver, Receiver, receiver
 
 WITHIN_MS = 5000
 
@@ -80,6 +81,36 @@ def test_a_message_of_another_shape_is_counted_and_its_neighbours_come(pair: Pai
         found = [(number, frames.payload(i)) for i, number in enumerate(frames.numbers.tolist())]
     assert found == [(1, b"good")]
     assert misshapen == 2
+
+
+def test_of_messages_of_any_shape_the_first_and_the_last_frame_are_told(pair: Pair) -> None:
+    sent = [[b"a", b"one"], [b"alone"], [b"b", b"", b"x" * 5000, b"two"], [b"", b""]]
+    for frames in sent:
+        pair.send(*frames)
+    found: list[tuple[int, bytes, bytes]] = []
+    while len(found) < len(sent):
+        assert pair.there.poll(WITHIN_MS)
+        some = pair.receiver.receive_ends(pair.there, 3)
+        assert len(some) <= 3
+        found += some
+    assert found == [(len(frames), frames[0], frames[-1]) for frames in sent]
+    assert pair.receiver.receive_ends(pair.there, 3) == []
+
+
+def test_a_message_that_is_too_large_is_told_of_without_its_frames(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(frames_cpu, "ARENA_BYTES", frames_cpu.LARGEST_MESSAGE)
+    with zmq.Context() as context:
+        pair = Pair(context, receiver())
+        pair.send(b"a", bytes(frames_cpu.LARGEST_MESSAGE))
+        pair.send(b"b", b"next")
+        found: list[tuple[int, bytes, bytes]] = []
+        while len(found) < 2:
+            assert pair.there.poll(WITHIN_MS)
+            found += pair.receiver.receive_ends(pair.there, 3)
+        assert found[0][0] == 0
+        assert found[1] == (2, b"b", b"next")
+        for socket in (pair.here, pair.there):
+            socket.close(linger=0)
 
 
 def test_on_cpython_a_kernel_receives() -> None:

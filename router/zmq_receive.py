@@ -11,6 +11,9 @@ import zmq
 
 from vllm_llmd.kernels.frames_cpu import MESSAGES, NUMBER_BYTES, Arena, Frames, Functions, frames_of
 
+Ends = list[tuple[int, bytes, bytes]]
+"""Of each message, how many frames it has, the first of them and the last. No frames: it was too large."""
+
 BYTES_PER_TURN: Final = 4 << 20
 
 Socket = zmq.Socket[bytes]
@@ -20,7 +23,11 @@ class Receiver(Protocol):
     """Example: with two messages there, `receive(socket)` has both, and nothing when it is called again."""
 
     def receive(self, socket: Socket) -> Frames:
-        """What is there, up to a bound. To be used before the next call."""
+        """Numbered messages that are there, up to a bound. To be used before the next call."""
+        ...
+
+    def receive_ends(self, socket: Socket, most: int) -> Ends:
+        """Messages that are there, `most` at the most."""
         ...
 
 
@@ -29,7 +36,10 @@ class KernelReceiver:
         self._arena = Arena(functions)
 
     def receive(self, socket: Socket) -> Frames:
-        return self._arena.receive(socket.underlying)
+        return Frames.of(self._arena.receive(socket.underlying))
+
+    def receive_ends(self, socket: Socket, most: int) -> Ends:
+        return self._arena.receive(socket.underlying, most).first_and_last()
 
 
 class PlainReceiver:
@@ -47,6 +57,16 @@ class PlainReceiver:
             size += len(frames[-1])
             messages.append((int.from_bytes(frames[-2], "big", signed=True), frames[-1]))
         return frames_of(messages, misshapen)
+
+    def receive_ends(self, socket: Socket, most: int) -> Ends:
+        found: Ends = []
+        while len(found) < most:
+            try:
+                frames = socket.recv_multipart(zmq.DONTWAIT)
+            except zmq.Again:
+                break
+            found.append((len(frames), frames[0], frames[-1]))
+        return found
 
 
 def receiver() -> Receiver:
