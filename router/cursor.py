@@ -6,7 +6,7 @@ through, the changes returned here make the index equal to what the engine holds
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, NamedTuple
 
 from vllm_llmd.kernels.prefix_table import Contents
 from vllm_llmd.names import TIERS, Tier
@@ -18,8 +18,7 @@ VERIFY: Final = "verify"
 """Why a snapshot is asked for that heals nothing."""
 
 
-@dataclass(frozen=True)
-class Outcome:
+class Outcome(NamedTuple):
     """What to do to the index, in this order, and why to ask for a snapshot (None: no need).
 
     `replace` are packed names by tier, `again` if this is not the first time in the engine's life. `compare` are packed

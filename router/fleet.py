@@ -6,6 +6,7 @@ Every call that may owe somebody a message returns what to send to whom.
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 import msgspec
 import numpy as np
@@ -22,7 +23,7 @@ from vllm_llmd.router.candidates import Candidates, Loads, Places, Roster, adapt
 from vllm_llmd.router.cursor import Cursor, Outcome
 from vllm_llmd.router.decide import Decision
 from vllm_llmd.router.membership import Engine, Membership, Placed, State, Stock
-from vllm_llmd.router.prefix_index import Difference, PrefixIndex, unpacked, unpacked_tiers
+from vllm_llmd.router.prefix_index import NO_NAMES, Difference, PrefixIndex, unpacked, unpacked_tiers
 from vllm_llmd.router.request import Facts
 from vllm_llmd.router.settings import RouterSettings
 from vllm_llmd.router.text_index import Chunks, TextIndex
@@ -35,6 +36,8 @@ Sender = bytes
 FromEngine = (
     wire.Hello | wire.Heartbeat | wire.BlocksChanged | wire.Snapshot | wire.RequestSeen | wire.Goodbye
 )  # fmt: skip
+
+_FROM_ENGINE = get_args(FromEngine)
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ class Fleet:
 
     def on_message(self, sender: Sender, message: wire.LinkMessage) -> list[Reply]:
         """Takes one message in. Raises MalformedMessageError for one that no engine may send."""
-        if not isinstance(message, FromEngine):
+        if not isinstance(message, _FROM_ENGINE):
             raise MalformedMessageError(f"{type(message).__name__} is for engines, not for routers")
         if isinstance(message, wire.Hello):
             return self._on_hello(sender, message)
@@ -87,7 +90,10 @@ class Fleet:
             return [Reply(sender, _refuse_former(message.engine))]
         if standing == "unknown":
             return [] if isinstance(message, wire.Goodbye) else [Reply(sender, wire.HelloWanted(self._life))]
-        return [*self._heard(message.engine), *self._on_current(message)]
+        now_ms = self._clock.now_ms()
+        woken = self._heard(message.engine, now_ms)
+        replies = self._on_current(message, now_ms)
+        return [*woken, *replies] if woken else replies
 
     def tick(self) -> list[Reply]:
         """Ages everyone; asks again for what does not come."""
@@ -136,16 +142,14 @@ class Fleet:
             self.index.clear_engine(info.id)
             self.truth.joined(info.id, info.epoch)
             return [*replies, *self._act(info.id, self._cursors[info.id].lose("joined", now_ms))]
-        return [*replies, Reply(sender, wire.Members(self.membership.infos())), *self._heard(info.id)]
+        return [*replies, Reply(sender, wire.Members(self.membership.infos())), *self._heard(info.id, now_ms)]
 
-    def _heard(self, engine: EngineId) -> list[Reply]:
-        now_ms = self._clock.now_ms()
+    def _heard(self, engine: EngineId, now_ms: float) -> list[Reply]:
         if not self.membership.heard(engine, now_ms):
             return []
         return self._act(engine, self._cursors[engine].lose("was silent", now_ms))
 
-    def _on_current(self, message: FromEngine) -> list[Reply]:
-        now_ms = self._clock.now_ms()
+    def _on_current(self, message: FromEngine, now_ms: float) -> list[Reply]:
         match message:
             case wire.Heartbeat():
                 held = {tier: self.index.contents(message.engine, tier) for tier in TIERS}
@@ -181,7 +185,8 @@ class Fleet:
         for changed in outcome.changes:
             if changed.cleared:
                 self.index.clear_tier(engine, changed.tier)
-            self.index.apply(engine, unpacked(changed.removed), unpacked(changed.stored), changed.tier)
+            removed = unpacked(changed.removed) if changed.removed else NO_NAMES
+            self.index.apply(engine, removed, unpacked(changed.stored), changed.tier)
         known = self.membership.get(engine)
         if outcome.snapshot_wanted is not None and known is not None:
             return [Reply(self._senders[engine], wire.SnapshotWanted(known.info.epoch, outcome.snapshot_wanted))]
