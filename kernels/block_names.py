@@ -91,9 +91,13 @@ class BlockNamer:
         """The name of a cached block, by vLLM's hash; also of one that is gone since lately."""
         return self._names.get(block_hash) or self._former.get(block_hash)
 
-    def apply(self, events: Iterable[BlockEvent]) -> NetChange:
-        """The net change of `events`, in order."""
-        change = NetChange()
+    def cached_name(self, block_hash: Hashable) -> BlockName | None:
+        """The same of a block that is cached now."""
+        return self._names.get(block_hash)
+
+    def apply(self, events: Iterable[BlockEvent], before: NetChange | None = None) -> NetChange:
+        """The net change of `events`, in order, after the change `before` if there is one."""
+        change = NetChange() if before is None else before
         for event in events:
             match event:
                 case Stored():

@@ -76,6 +76,11 @@ class NameTable:
         self.make_room(len(keys))
         remove_run(self.table, self.counts, keys, self.stored, self.removed)
 
+    def cached_name(self, key: int) -> int | None:
+        """The name of a cached block."""
+        row = _find(self.table, np.uint64(key))
+        return int(self.table[row, NAME]) if self.table[row, KEY] else None
+
     def take_changes(self) -> tuple[Names, Names]:
         """Names removed, then names stored, since this was last asked."""
         removed = self.removed[: self.counts[REMOVED]].copy()

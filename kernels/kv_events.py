@@ -13,6 +13,7 @@ import msgspec
 
 from vllm_llmd.errors import MalformedMessageError
 from vllm_llmd.kernels.block_names import BlockEvent, Cleared, Removed, Stored
+from vllm_llmd.kernels.offloaded_blocks import Dropped, Offloaded
 from vllm_llmd.names import Tier
 
 STORED_FIELDS: Final = (
@@ -46,7 +47,8 @@ _decoder: Final = msgspec.msgpack.Decoder()
 class Reported:
     """One event, and of which tier and KV cache group it tells. `tier` is None where it is of a kind we do not know.
 
-    `block_size` is None where the event does not say; `keeps_all` is whether the group keeps all of the past.
+    `block_size` is None where the event does not say; `keeps_all` is whether the group keeps all of the past. Of
+    another tier than the GPU hashes alone are read: who offloads blocks need not say what is in them.
     """
 
     event: BlockEvent
@@ -55,6 +57,14 @@ class Reported:
     block_size: int | None = None
     keeps_all: bool = True
 
+    @property
+    def elsewhere(self) -> Offloaded | Dropped | None:
+        """What it says of a tier below the GPU."""
+        if self.tier is None or self.tier == "gpu" or isinstance(self.event, Cleared):
+            return None
+        kind = Offloaded if isinstance(self.event, Stored) else Dropped
+        return kind(self.tier, self.event.hashes)
+
 
 @dataclass(frozen=True)
 class Decoded:
@@ -62,6 +72,11 @@ class Decoded:
 
     events: tuple[Reported, ...]
     unknown: int
+
+    def offloaded(self) -> list[Hashable]:
+        """Hashes of the blocks that are in a tier below the GPU now."""
+        told = [reported.elsewhere for reported in self.events]
+        return [block_hash for each in told if isinstance(each, Offloaded) for block_hash in each.hashes]
 
 
 def decode(payload: bytes) -> Decoded:
@@ -108,6 +123,8 @@ def _kind_and_fields(raw: Any) -> tuple[Any, Mapping[Any, Any]]:
 def _stored(fields: Mapping[Any, Any]) -> Reported:
     hashes = _hashes(fields["block_hashes"])
     parent = None if fields["parent_block_hash"] is None else _hash(fields["parent_block_hash"])
+    if _tier(fields) != "gpu":
+        return Reported(Stored(hashes, parent, [], None), _tier(fields), _group(fields))
     tokens, size = fields["token_ids"], fields["block_size"]
     if not isinstance(size, int) or not 0 < size < LIMIT or not isinstance(tokens, list):
         raise ValueError

@@ -5,7 +5,7 @@ At anything else it stops before that payload, which `kv_events.decode` then rea
 `kv_events_plain.PlainFollower`.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from vllm_llmd.errors import MalformedMessageError
 from vllm_llmd.kernels import frames_cpu, kv_events
-from vllm_llmd.kernels.block_names import Cleared, Removed, Stored, digests_of
+from vllm_llmd.kernels.block_names import Cleared, NetChange, Removed, Stored, digests_of
 from vllm_llmd.kernels.block_names_cpu import (
     REMOVED,
     SMALLEST,
@@ -45,8 +45,10 @@ from vllm_llmd.kernels.kv_events_parse_cpu import (
     Bytes,
     parse,
 )
-from vllm_llmd.kernels.kv_events_plain import NO_GROUP, NO_SIZE, Change, Tally
+from vllm_llmd.kernels.kv_events_plain import NO_GROUP, NO_SIZE, Change, Tally, names_known
 from vllm_llmd.kernels.memory_cpu import compiled
+from vllm_llmd.kernels.offloaded_blocks import OffloadedBlocks
+from vllm_llmd.names import BlockName, Tier
 
 DONE, UNUSUAL, FULL = 0, 1, 2
 SIZE_FACT, GROUP_FACT, SKIPPED_GROUP, SKIPPED_SIZE = 0, 1, 2, 3
@@ -62,6 +64,9 @@ class Follower:
         self._facts: Counts = np.array([NO_SIZE, NO_GROUP, 0, 0], np.int64)
         self._scratch = _Scratch(1 << 16)
         self._counted = Tally()
+        self._offloaded = OffloadedBlocks(self._name_of)
+        self._elsewhere: dict[Tier, NetChange] = {}
+        self._known: Mapping[Hashable, BlockName] = {}
         self._cleared = False
 
     @property
@@ -78,7 +83,7 @@ class Follower:
     @property
     def tally(self) -> Tally:
         """What has come so far and was of no use."""
-        self._counted.unnamed = int(self._names.counts[UNNAMED])
+        self._counted.unnamed = int(self._names.counts[UNNAMED]) + self._offloaded.unnamed
         self._counted.other_group = int(self._facts[SKIPPED_GROUP])
         self._counted.other_size = int(self._facts[SKIPPED_SIZE])
         return self._counted
@@ -91,6 +96,7 @@ class Follower:
         """The engine's life is over, or lost from sight: whatever comes next is of an empty cache."""
         self._names.clear()
         self._facts[[SIZE_FACT, GROUP_FACT]] = NO_SIZE, NO_GROUP
+        self._clear_elsewhere()
         self._cleared = True
 
     def follow(self, payloads: Sequence[bytes]) -> Change:
@@ -111,7 +117,8 @@ class Follower:
                 self._names.make_room(keys)
         removed, stored = self._names.take_changes()
         cleared, self._cleared = self._cleared, False
-        return Change(cleared, removed, stored)
+        elsewhere, self._elsewhere = self._elsewhere, {}
+        return Change(cleared, removed, stored, elsewhere)
 
     def _run(self, data: Bytes, starts: Counts, ends: Counts, at: int) -> tuple[int, int, int]:
         names, scratch = self._names, self._scratch
@@ -126,6 +133,7 @@ class Follower:
             self._counted.malformed += 1
             return
         self._counted.unknown += decoded.unknown
+        self._known = names_known(decoded, self._cached_name)
         for reported in decoded.events:
             self._apply(reported)
 
@@ -134,9 +142,15 @@ class Follower:
         match event:
             case Cleared():
                 self._names.clear()
+                self._clear_elsewhere()
                 self._cleared = True
-            case _ if reported.tier != "gpu":
+            case _ if reported.tier is None:
                 self._counted.other_tier += 1
+            case _ if (told := reported.elsewhere) is not None:
+                if reported.group == self._facts[GROUP_FACT]:
+                    self._offloaded.apply([told], self._elsewhere)
+                else:
+                    self._facts[SKIPPED_GROUP] += 1
             case Stored():
                 tokens = np.frombuffer(token_bytes(event.token_ids), np.uint32)
                 blocks, size = len(event.hashes), reported.block_size or 0
@@ -147,6 +161,17 @@ class Follower:
             case Removed():
                 if reported.group == self._facts[GROUP_FACT]:
                     self._names.remove(_keys(event.hashes))
+
+    def _clear_elsewhere(self) -> None:
+        self._offloaded.clear()
+        self._elsewhere.clear()
+
+    def _cached_name(self, block_hash: Hashable) -> BlockName | None:
+        name = self._names.cached_name(_key(block_hash))
+        return None if name is None else BlockName(name)
+
+    def _name_of(self, block_hash: Hashable) -> BlockName | None:
+        return self._known.get(block_hash) or self._cached_name(block_hash)
 
 
 class _Scratch:

@@ -1,14 +1,16 @@
 """Follows one engine's KV events, in plain Python: what `kv_events_cpu.Follower` must be equal to."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from vllm_llmd.errors import MalformedMessageError
-from vllm_llmd.kernels.block_names import BlockNamer, Cleared, Removed, Stored
+from vllm_llmd.kernels.block_names import BlockNamer, Cleared, NetChange, Removed
 from vllm_llmd.kernels.hash_chain import Names
-from vllm_llmd.kernels.kv_events import Reported, decode
+from vllm_llmd.kernels.kv_events import Decoded, Reported, decode
+from vllm_llmd.kernels.offloaded_blocks import NameOf, OffloadedBlocks
+from vllm_llmd.names import BlockName, Tier
 
 NO_SIZE = 0
 NO_GROUP = -1
@@ -16,11 +18,15 @@ NO_GROUP = -1
 
 @dataclass(frozen=True)
 class Change:
-    """Net change of what an engine holds: clear if `cleared`, then remove, then store."""
+    """Net change of what an engine holds: clear if `cleared`, then remove, then store. `offloaded` is that of tiers."""
 
     cleared: bool
     removed: Names
     stored: Names
+    offloaded: Mapping[Tier, NetChange] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return bool(self.cleared or len(self.removed) or len(self.stored) or any(self.offloaded.values()))
 
 
 @dataclass
@@ -35,6 +41,12 @@ class Tally:
     unnamed: int = 0
 
 
+def names_known(decoded: Decoded, cached_name: NameOf) -> Mapping[Hashable, BlockName]:
+    """Names of blocks that a payload tells to be offloaded, before it: it may first tell that they left the GPU."""
+    found = {block_hash: cached_name(block_hash) for block_hash in decoded.offloaded()}
+    return {block_hash: name for block_hash, name in found.items() if name is not None}
+
+
 class PlainFollower:
     """One stream of payloads, in order. The first event that could name blocks decides their group and size."""
 
@@ -43,6 +55,8 @@ class PlainFollower:
         self.block_size: int | None = None
         self._group: int | None = None
         self._namer = BlockNamer(0)
+        self._offloaded = OffloadedBlocks(self._name_of)
+        self._known: Mapping[Hashable, BlockName] = {}
         self._cleared = False
 
     @property
@@ -52,31 +66,47 @@ class PlainFollower:
     def forget(self) -> None:
         self.block_size = self._group = None
         self._namer = BlockNamer(0)
+        self._offloaded.clear()
         self._cleared = True
 
     def follow(self, payloads: Sequence[bytes]) -> Change:
-        events = [event for payload in payloads for event in self._wanted(payload)]
-        change = self._namer.apply(events)
-        self.tally.unnamed += self._namer.unnamed
-        self._namer.unnamed = 0
+        change, elsewhere = NetChange(), dict[Tier, NetChange]()
+        for payload in payloads:
+            try:
+                decoded = decode(payload)
+            except MalformedMessageError:
+                self.tally.malformed += 1
+                continue
+            self.tally.unknown += decoded.unknown
+            self._known = names_known(decoded, self._namer.cached_name)
+            for reported in decoded.events:
+                if self._is_wanted(reported):
+                    change = self._namer.apply([reported.event], change)
+                elif (told := reported.elsewhere) is not None and reported.group == self._group:
+                    self._offloaded.apply([told], elsewhere)
+                if isinstance(reported.event, Cleared):
+                    self._offloaded.clear()
+                    elsewhere.clear()
+        self.tally.unnamed += self._namer.unnamed + self._offloaded.unnamed
+        self._namer.unnamed = self._offloaded.unnamed = 0
         cleared, self._cleared = self._cleared or change.cleared, False
-        names = (np.array(sorted(some), np.uint64) for some in (change.removed, change.stored))
-        return Change(cleared, *names)
+        removed, stored = (np.array(sorted(some), np.uint64) for some in (change.removed, change.stored))
+        return Change(cleared, removed, stored, elsewhere)
 
-    def _wanted(self, payload: bytes) -> list[Stored | Removed | Cleared]:
-        try:
-            decoded = decode(payload)
-        except MalformedMessageError:
-            self.tally.malformed += 1
-            return []
-        self.tally.unknown += decoded.unknown
-        return [reported.event for reported in decoded.events if self._is_wanted(reported)]
+    def _name_of(self, block_hash: Hashable) -> BlockName | None:
+        return self._known.get(block_hash) or self._namer.cached_name(block_hash)
+
+    def _count_elsewhere(self, reported: Reported) -> None:
+        if reported.tier is None:
+            self.tally.other_tier += 1
+        elif reported.group != self._group:
+            self.tally.other_group += 1
 
     def _is_wanted(self, reported: Reported) -> bool:
         if isinstance(reported.event, Cleared):
             return True
         if reported.tier != "gpu":
-            self.tally.other_tier += 1
+            self._count_elsewhere(reported)
             return False
         if isinstance(reported.event, Removed):
             return reported.group == self._group

@@ -9,11 +9,11 @@ from typing import Any
 from vllm_llmd.clock import MonotonicClock
 from vllm_llmd.kernels import hash_chain_cpu
 from vllm_llmd.kernels.block_names import BlockNamer, NetChange
+from vllm_llmd.kernels.offloaded_blocks import OffloadedBlocks
 from vllm_llmd.kv_connector.hints import read_hint
 from vllm_llmd.kv_connector.lifecycle import Outcome
 from vllm_llmd.kv_connector.link import EngineLink, LinkSettings
 from vllm_llmd.kv_connector.load import LoadCounter
-from vllm_llmd.kv_connector.offloaded_blocks import OffloadedBlocks
 from vllm_llmd.kv_connector.orders import OrderClient
 from vllm_llmd.kv_connector.own_ranks import OwnRanks, RankIntroduction
 from vllm_llmd.kv_connector.placing import OrderPolicy, Outside, Placing

@@ -16,9 +16,9 @@ from vllm.v1.core.kv_cache_utils import maybe_convert_block_hash
 from vllm.v1.request import RequestStatus
 
 from vllm_llmd.kernels.block_names import BlockEvent, Cleared, Removed, Stored
+from vllm_llmd.kernels.offloaded_blocks import Dropped, Offloaded
 from vllm_llmd.kv_connector.device_memory import tensor_view
 from vllm_llmd.kv_connector.layout import LayerView
-from vllm_llmd.kv_connector.offloaded_blocks import Dropped, Offloaded
 from vllm_llmd.kv_connector.vllm_facts import Layer
 from vllm_llmd.names import Tier
 

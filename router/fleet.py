@@ -256,6 +256,9 @@ class Fleet:
             self.index.clear_engine(engine)
             self.truth.resynced(engine)
         self.index.apply(engine, change.removed, change.stored)
+        for tier, offloaded in change.offloaded.items():
+            removed, stored = (np.fromiter(names, np.uint64) for names in (offloaded.removed, offloaded.stored))
+            self.index.apply(engine, removed, stored, tier)
 
     # --- requests -----------------------------------------------------------------------------------------------
 

@@ -34,7 +34,7 @@ class StockCollector(Collector):
             for what, count in (
                 ("malformed message", counts.misshapen + tally.malformed),
                 ("unknown event", tally.unknown),
-                ("event of another tier", tally.other_tier),
+                ("event of an unknown tier", tally.other_tier),
                 ("event of another cache group", tally.other_group),
                 ("event of another block size", tally.other_size),
                 ("block without a known parent", tally.unnamed),

@@ -164,7 +164,7 @@ class Stream:
     def _followed(self, frames: Frames) -> list[Change]:
         self.counts.messages += len(frames)
         change = self.follower.follow_frames(frames)
-        return [change] if change.cleared or len(change.removed) or len(change.stored) else []
+        return [change] if change else []
 
     def _open(self, kind: int, endpoint: str) -> Socket:
         socket = self.context.socket(kind)

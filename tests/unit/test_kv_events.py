@@ -141,14 +141,39 @@ def test_an_adapter_and_extra_keys_are_part_of_the_names(follower: Any) -> None:
     assert names(follower.follow([payload(by_name)])) == (True, set(), set(SALTED))
 
 
+def offloaded(change: Change) -> dict[str, tuple[set[int], set[int]]]:
+    return {tier: (set(each.removed), set(each.stored)) for tier, each in change.offloaded.items() if each}
+
+
+def test_offloaded_blocks_are_named_by_their_hashes_in_their_tier(follower: Any) -> None:
+    placeholder = {
+        "type": "BlockStored",
+        "block_hashes": [12],
+        "parent_block_hash": None,
+        "token_ids": [],
+        "medium": "CPU",
+    }
+    change = follower.follow([payload(STORED["vLLM 0.32, a map"], {**placeholder, "block_size": 0, "lora_id": None})])
+    assert names(change) == (False, set(), set(NAMES))
+    assert offloaded(change) == {"cpu": (set(), {NAMES[1]})}
+    gone = payload(["BlockRemoved", [11, 12]], ["BlockStored", [11, 99], None, [], 0, None, "STORAGE"])
+    change = follower.follow([gone])
+    assert names(change) == (False, set(NAMES), set())
+    assert offloaded(change) == {"disk": (set(), {NAMES[0]})}
+    assert follower.tally.unnamed == 1
+    assert offloaded(follower.follow([payload(["BlockRemoved", [12, 11], "CPU"])])) == {"cpu": ({NAMES[1]}, set())}
+    assert names(follower.follow([payload(["AllBlocksCleared"])])) == (True, set(), set())
+    assert offloaded(follower.follow([payload(["BlockRemoved", [11], "STORAGE"])])) == {}
+
+
 def test_other_tiers_groups_and_sizes_are_counted_and_left_out(follower: Any) -> None:
     window = {**STORED["vLLM 0.32, a map"], "group_idx": 1, "kv_cache_spec_kind": "sliding_window"}
     follower.follow([payload(window, STORED["vLLM 0.32, a map"], window)])
     follower.follow(
         [
             payload(
-                ["BlockStored", [11], None, TOKENS[:4], 4, None, "CPU"],
-                ["BlockRemoved", [11], "STORAGE"],
+                ["BlockStored", [11], None, TOKENS[:4], 4, None, "TAPE"],
+                ["BlockRemoved", [11], "TAPE"],
                 ["BlockRemoved", [11], "GPU", 1],
                 ["BlockStored", [31], None, TOKENS[:2], 2, None],
                 ["BlockStored", [32], None, TOKENS[:3], 4, None],
@@ -234,7 +259,7 @@ def stored_events(draw: Callable[..., Any]) -> Any:
         "token_ids": tokens,
         "block_size": size,
         "lora_id": draw(st.sampled_from([None, None, None, 3])),
-        "medium": draw(st.sampled_from([None, "GPU", "GPU", "gpu", "CPU", "TAPE"])),
+        "medium": draw(st.sampled_from([None, "GPU", "GPU", "gpu", "CPU", "DISK", "TAPE"])),
         "lora_name": draw(st.sampled_from([None, None, None, "poet"])),
         "extra_keys": draw(st.sampled_from([None, [None] * len(hashes), [["salt"]] * len(hashes)])),
         "group_idx": draw(st.sampled_from([None, 0, 0, 0, 1])),
@@ -250,7 +275,7 @@ def stored_events(draw: Callable[..., Any]) -> Any:
 def removed_events(draw: Callable[..., Any]) -> Any:
     fields = {
         "block_hashes": draw(st.lists(KEYS, max_size=4)),
-        "medium": draw(st.sampled_from([None, "GPU", "GPU", "CPU"])),
+        "medium": draw(st.sampled_from([None, "GPU", "GPU", "CPU", "DISK"])),
         "group_idx": draw(st.sampled_from([None, 0, 0, 1])),
     }
     if draw(st.booleans()):
@@ -268,10 +293,14 @@ def test_both_followers_come_to_hold_the_same(batches: list[list[bytes]]) -> Non
     fast, plain = Follower(), PlainFollower()
     held: dict[str, set[int]] = {"fast": set(), "plain": set()}
     for batch in batches:
+        elsewhere = []
         for name, one in (("fast", fast), ("plain", plain)):
-            cleared, removed, stored = names(one.follow(batch))
+            change = one.follow(batch)
+            cleared, removed, stored = names(change)
             held[name] = ((set() if cleared else held[name]) - removed) | stored
+            elsewhere.append(offloaded(change))
         assert held["fast"] == held["plain"]
+        assert elsewhere[0] == elsewhere[1]
         assert (fast.tally, fast.blocks, fast.block_size) == (plain.tally, plain.blocks, plain.block_size)
 
 

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_llmd.kernels.block_names import BlockNamer, Cleared, NetChange, Removed, Stored
-from vllm_llmd.kv_connector.offloaded_blocks import Dropped, Offloaded, OffloadedBlocks
+from vllm_llmd.kernels.offloaded_blocks import Dropped, Offloaded, OffloadedBlocks
 from vllm_llmd.names import BlockName, Tier
 
 KNOWN = {h: BlockName(100 + h) for h in range(8)}

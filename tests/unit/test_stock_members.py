@@ -3,9 +3,10 @@
 import numpy as np
 
 from vllm_llmd import wire
+from vllm_llmd.kernels.block_names import NetChange
 from vllm_llmd.kernels.hash_chain import Names
 from vllm_llmd.kernels.kv_events_plain import Change
-from vllm_llmd.names import EngineId, Epoch
+from vllm_llmd.names import BlockName, EngineId, Epoch
 from vllm_llmd.router.fleet import Fleet
 from vllm_llmd.router.membership import State, Stock
 from vllm_llmd.router.settings import RouterSettings
@@ -47,6 +48,14 @@ def test_a_change_is_cleared_then_removed_then_stored() -> None:
     assert joined.held == {8}
     joined.fleet.stock_changed(STOCK, Change(True, NOTHING, SOME[:1]), 16)
     assert joined.held == {7}
+
+
+def test_a_change_of_another_tier_is_indexed_there() -> None:
+    joined = Joined()
+    joined.fleet.stock_changed(STOCK, Change(False, SOME, NOTHING, {"cpu": NetChange(stored={BlockName(7)})}), 16)
+    assert (joined.held, joined.fleet.index.held(STOCK, "cpu").tolist()) == (set(), [7])
+    joined.fleet.stock_changed(STOCK, Change(False, NOTHING, NOTHING, {"cpu": NetChange(removed={BlockName(7)})}), 16)
+    assert not len(joined.fleet.index.held(STOCK, "cpu"))
 
 
 def test_the_block_size_is_what_the_events_say() -> None:

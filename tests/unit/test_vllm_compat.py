@@ -19,9 +19,9 @@ with warnings.catch_warnings():
     from vllm_llmd.kv_connector.worker_side import Results
 
 from vllm_llmd.kernels.block_names import Cleared, Removed, Stored
+from vllm_llmd.kernels.offloaded_blocks import Dropped, Offloaded
 from vllm_llmd.kv_connector.addresses import own_host, own_http
 from vllm_llmd.kv_connector.command_line import adapter_names, server_options
-from vllm_llmd.kv_connector.offloaded_blocks import Dropped, Offloaded
 from vllm_llmd.names import RequestId
 from vllm_llmd.settings import EngineSettings
 

@@ -32,21 +32,27 @@ class _Entry:
     copies: int = 0
 
 
+NameOf = Callable[[Hashable], BlockName | None]
+"""The name of a block by vLLM's hash, if it is known."""
+
+
 class OffloadedBlocks:
-    """Follows every tier below the GPU. `name_of` is asked for the name of a block by vLLM's hash.
+    """Follows every tier below the GPU. `name_of` is asked for the name of a block.
 
     Several chunks of a tier may tell of one block: a name is removed with its last.
     """
 
-    def __init__(self, name_of: Callable[[Hashable], BlockName | None]) -> None:
+    def __init__(self, name_of: NameOf) -> None:
         self._name_of = name_of
         self._held: dict[Tier, dict[Hashable, _Entry]] = {}
         self.unnamed = 0
         """Blocks whose name is unknown, which routers are not told of."""
 
-    def apply(self, events: Iterable[Offloaded | Dropped]) -> dict[Tier, NetChange]:
-        """The net change of every tier that `events` concern, in order."""
-        changes: dict[Tier, NetChange] = {}
+    def apply(
+        self, events: Iterable[Offloaded | Dropped], before: dict[Tier, NetChange] | None = None
+    ) -> dict[Tier, NetChange]:
+        """The net change of every tier that `events` concern, in order, after the changes `before` if there are any."""
+        changes: dict[Tier, NetChange] = {} if before is None else before
         for event in events:
             change = changes.setdefault(event.tier, NetChange())
             held = self._held.setdefault(event.tier, {})
