@@ -9,6 +9,7 @@ setup(
     packages=[
         "vllm_llmd",
         "vllm_llmd.sim",
+        "vllm_llmd.simulate",
         "vllm_llmd.testing",
         "vllm_llmd.kv_connector",
         "vllm_llmd.router",

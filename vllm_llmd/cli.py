@@ -1,4 +1,4 @@
-"""`vllm-llmd`: one command with the subcommands up, model, router, sim-engine, index.
+"""`vllm-llmd`: one command with the subcommands up, model, router, sim-engine, simulate, index.
 
 Errors are one line; exit status 1 or 2.
 """
@@ -16,6 +16,7 @@ from vllm_llmd.errors import ConfigError, LlmdError
 from vllm_llmd.router import settings as router_settings
 from vllm_llmd.router import verify
 from vllm_llmd.sim import settings as sim_settings
+from vllm_llmd.simulate import settings as simulate_settings
 
 
 def parser() -> argparse.ArgumentParser:
@@ -35,6 +36,9 @@ def parser() -> argparse.ArgumentParser:
     router_settings.add_arguments(commands.add_parser("router", help="OpenAI front door that knows the KV cache"))
     sim_settings.add_arguments(
         commands.add_parser("sim-engine", help="engines without a model or a GPU, to try a fleet")
+    )
+    simulate_settings.add_arguments(
+        commands.add_parser("simulate", help="play a trace against modelled engines and compare policies")
     )
     index = commands.add_parser("index", help="look at a router's prefix index").add_subparsers(
         dest="index_command", required=True, metavar="COMMAND"
@@ -59,6 +63,12 @@ def run(arguments: Sequence[str]) -> int:
         from vllm_llmd.sim import main as sim_main
 
         return sim_main.run(sim_settings.from_args(args, os.environ))
+    if args.command == "simulate":
+        from vllm_llmd.simulate import main as simulate_main
+
+        return simulate_main.run(
+            simulate_settings.from_args(args), lambda line: Console().print(line, highlight=False, soft_wrap=True)
+        )
     from vllm_llmd.router import main as router_main
 
     return router_main.run(router_settings.from_args(args, os.environ))

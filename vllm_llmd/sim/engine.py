@@ -26,11 +26,13 @@ from vllm_llmd.sim.bad_wire import BadWire
 from vllm_llmd.sim.cache_change import CacheChange
 from vllm_llmd.sim.failures import Failures
 from vllm_llmd.sim.kv_events import Content, EventCodec, EventPublisher
+from vllm_llmd.sim.load import load_of
 from vllm_llmd.sim.order_book import OrderBook, Placed, Wish
 from vllm_llmd.sim.requests import Report, SimRequest
 from vllm_llmd.sim.scheduler import Scheduler
 from vllm_llmd.sim.settings import SimSettings
 from vllm_llmd.sim.text import Tokens
+from vllm_llmd.sim.transfer import Transfer
 from vllm_llmd.wire import EngineInfo, Geometry, GroupShape, Load
 
 STEPS_PER_TURN: Final = 64
@@ -232,17 +234,7 @@ class SimEngine:
             self._streams.pop(request.id, None)
 
     def _current_load(self) -> Load:
-        model = self.model
-        return Load(
-            running=len(model.running),
-            waiting=len(model.waiting),
-            waiting_for_kv=len(model.parked),
-            prefill_tokens=model.prefill_tokens,
-            free_blocks=model.pool.free,
-            step_ms=model.step_ms,
-            orders_placed=self.orders.placed,
-            orders_served=self.orders.served,
-        )
+        return load_of(self.model, self.orders.placed, self.orders.served)
 
     # --- orders -------------------------------------------------------------------------------------------------
 
@@ -265,9 +257,8 @@ class SimEngine:
         if error is not None:
             self._supplied(placed.request, 0)
             return
-        speeds, tokens = self.model.speeds, placed.end_token - placed.first_token
-        tail_ms = speeds.transfer_ms(min(tokens, self.settings.token_budget))
-        here_ms = max(self._now_ms() + tail_ms, stream.asked_ms + speeds.transfer_ms(tokens))
+        transfer = Transfer(stream.asked_ms, placed.end_token - placed.first_token, self.settings.token_budget)
+        here_ms = transfer.here_ms(self._now_ms(), self.model.speeds)
         wait_s = (here_ms - self._now_ms()) / 1000 / self.settings.speed_up
         self._loop.call_later(wait_s, self._supplied, placed.request, placed.end_token)
 

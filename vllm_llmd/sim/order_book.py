@@ -19,6 +19,7 @@ from vllm_llmd.kv_connector.seal import Seal
 from vllm_llmd.kv_connector.ticket import Ticket, ticket_text
 from vllm_llmd.names import EngineId, OrderId
 from vllm_llmd.sim.text import Tokens
+from vllm_llmd.sim.transfer import order_tokens
 from vllm_llmd.wire import EngineInfo
 
 log = logging.getLogger(__name__)
@@ -85,8 +86,7 @@ class OrderBook:
         self.placed += 1
         order = OrderId(f"{self._info.id}-{self._info.epoch:x}-{self.placed}")
         self._placed[order] = Placed(wish.request, wish.first_token, end_token)
-        one_more = end_token % source.block_size == 0
-        tokens = wish.prompt[: end_token + one_more].tolist()
+        tokens = wish.prompt[: order_tokens(end_token, source.block_size)].tolist()
         body = {**wish.body, "prompt": tokens, "max_tokens": 1, "temperature": 0.0}
         if self._client is None:
             self._client = OrderClient(None, self._on_result)

@@ -116,6 +116,7 @@ class Scheduler:
             _, _, request, end_token = heapq.heappop(self._reloads)
             self.supplied(request.id, end_token, now_ms)
         if self._run is not None and self._run.end_ms <= now_ms:
+            self.counts.busy_ms += self._run.end_ms - self._run.began_ms
             self._end(report, self._run.steps)
             self._run = None
         if self._run is None:

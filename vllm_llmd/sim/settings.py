@@ -3,8 +3,8 @@
 import argparse
 import json
 import os
-from collections.abc import Mapping
-from typing import Literal, get_args, get_origin
+from collections.abc import Collection, Mapping
+from typing import Final, Literal, get_args, get_origin
 
 import msgspec
 
@@ -145,9 +145,30 @@ _FLAGS: Mapping[str, str] = {
 }
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds one flag per setting, such as `--block-size`."""
+MODEL: Final = (
+    "block_size",
+    "blocks",
+    "cpu_blocks",
+    "max_sequences",
+    "token_budget",
+    "min_order_tokens",
+    "step_ms",
+    "prefill_us",
+    "prefill_context_us",
+    "decode_us",
+    "decode_context_us",
+    "kv_bytes",
+    "transfer_gbps",
+    "cpu_gbps",
+)
+"""The settings that describe the model alone."""
+
+
+def add_arguments(parser: argparse.ArgumentParser, names: Collection[str] = tuple(_FLAGS)) -> None:
+    """Adds one flag per setting of those named, such as `--block-size`."""
     for setting in msgspec.structs.fields(SimSettings):
+        if setting.name not in names:
+            continue
         flag, text = "--" + setting.name.replace("_", "-"), _FLAGS[setting.name]
         if isinstance(setting.default, tuple):
             parser.add_argument(flag, action="append", help=text)

@@ -1,0 +1,1 @@
+"""Offline simulation: the real router decides on a trace of requests, models of engines serve it, in virtual time."""

@@ -1,0 +1,65 @@
+"""What became of each simulated request. Values."""
+
+from dataclasses import dataclass, field
+
+from vllm_llmd.names import EngineId
+
+
+@dataclass(slots=True)
+class Outcome:
+    """One request. Times are virtual milliseconds; None where it has not come so far.
+
+    `computed_tokens` of the prompt were computed somewhere, at the destination or its source; the others were cached.
+    `refused` says why it was never served.
+    """
+
+    at_ms: float
+    prompt_tokens: int
+    output_tokens: int
+    destination: EngineId | None = None
+    source: EngineId | None = None
+    predicted_cached_tokens: int = 0
+    computed_tokens: int = 0
+    made_tokens: int = 0
+    first_ms: float | None = None
+    last_ms: float | None = None
+    refused: str | None = None
+
+    @property
+    def ttft_ms(self) -> float | None:
+        return None if self.first_ms is None else self.first_ms - self.at_ms
+
+    @property
+    def tpot_ms(self) -> float | None:
+        """Per token after the first; None for an answer of one token."""
+        if self.first_ms is None or self.last_ms is None or self.made_tokens < 2:
+            return None
+        return (self.last_ms - self.first_ms) / (self.made_tokens - 1)
+
+    @property
+    def e2e_ms(self) -> float | None:
+        return None if self.last_ms is None else self.last_ms - self.at_ms
+
+
+@dataclass(slots=True)
+class EngineTotals:
+    """What one engine has done in all. `orders` it has served as a source."""
+
+    id: EngineId
+    requests: int
+    orders: int
+    computed_tokens: int
+    output_tokens: int
+    busy_ms: float
+    preemptions: int
+
+
+@dataclass
+class Played:
+    """A simulation that has ended, at `end_ms`. `given_up` orders were waited for in vain."""
+
+    outcomes: list[Outcome] = field(default_factory=list)
+    engines: list[EngineTotals] = field(default_factory=list)
+    end_ms: float = 0.0
+    steps: int = 0
+    given_up: int = 0

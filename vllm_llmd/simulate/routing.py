@@ -1,0 +1,44 @@
+"""The real router's part of a simulation: its fleet, told by messages, and a policy that decides. Pure."""
+
+from array import array
+from dataclasses import replace
+
+from vllm_llmd.clock import Clock
+from vllm_llmd.router.decide import Decision, decide
+from vllm_llmd.router.fleet import Fleet
+from vllm_llmd.router.policy import Policy
+from vllm_llmd.router.request import Facts
+from vllm_llmd.router.settings import RouterSettings
+from vllm_llmd.simulate.trace import Tokens
+from vllm_llmd.wire import LinkMessage
+
+_NOTHING = Facts(None, None, b"", b"", 0, None)
+
+
+class Routing:
+    """Does for a request what `router/front.py` does, without HTTP."""
+
+    def __init__(self, settings: RouterSettings, clock: Clock, policy: Policy) -> None:
+        self._fleet = Fleet(settings, clock, "simulated")
+        self._policy = policy
+        self._no_text = self._fleet.cut(_NOTHING)
+
+    def told(self, message: LinkMessage) -> None:
+        """An engine says so. What the router owes it in return, a simulated engine does not need."""
+        self._fleet.on_message(b"", message)
+
+    def decide(self, request: str, prompt: Tokens) -> Decision | None:
+        """Where a prompt of token ids goes, and from whom its KV comes; counted until `done`.
+
+        Policies that look at text see four bytes for each token.
+        """
+        text = prompt.tobytes()
+        facts = replace(_NOTHING, tokens=array("I", text), text=text, prompt_tokens=len(prompt))
+        decision = decide(facts, self._fleet.candidates(facts, self._no_text), self._policy)
+        if decision is not None:
+            self._fleet.place(request, decision, self._no_text)
+        return decision
+
+    def done(self, request: str, decision: Decision) -> None:
+        """The answer has ended."""
+        self._fleet.done(request, decision)

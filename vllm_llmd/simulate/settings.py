@@ -1,0 +1,136 @@
+"""Everything that can be set on a simulation, read once from flags, then passed down."""
+
+import argparse
+from collections.abc import Mapping
+from typing import Final, Literal, get_args, get_origin
+
+import msgspec
+
+from vllm_llmd.errors import ConfigError
+from vllm_llmd.names import EngineId, Role
+from vllm_llmd.sim import settings as sim_settings
+from vllm_llmd.sim.settings import SimSettings
+
+BLOCK_SIZE: Final = 128
+"""Prompts of a trace differ by whole blocks of 512 tokens: small blocks find no more, and take longer to simulate."""
+
+BLOCKS: Final = 3072
+"""48 GiB at 128 KiB a token: what an H100 of 80 GB has left for KV beside 8 billion parameters in 16 bits."""
+
+WHOLE_RUN: Final = 10_000
+"""Steps taken together: nobody looks at single tokens."""
+
+
+class Slo(msgspec.Struct, frozen=True, kw_only=True):
+    """What a request has to keep to count as good: time to the first token, and per token after it."""
+
+    ttft_ms: float
+    tpot_ms: float
+
+
+class SimulateSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One trace, played once per policy. Of `engines`, `prefill` prefill and the others decode; 0: all do both.
+
+    `model` describes one engine; all are alike.
+    """
+
+    trace: str | None = None
+    synthetic: int | None = None
+    engines: int = 8
+    prefill: int = 0
+    policy: tuple[str, ...] = ()
+    requests: int | None = None
+    minutes: float | None = None
+    copies: int = 1
+    speedup: float | None = None
+    rate: float | None = None
+    arrivals: Literal["spread", "as-told"] = "spread"
+    slo_ttft_ms: float = 5000.0
+    slo_tpot_ms: float = 100.0
+    heartbeat_ms: float = 500.0
+    min_remote_tokens: int = 256
+    seed: int = 0
+    json: str | None = None
+    html: str | None = None
+    model: SimSettings = SimSettings(block_size=BLOCK_SIZE, blocks=BLOCKS)
+
+    def __post_init__(self) -> None:
+        for name in ("synthetic", "engines", "requests", "copies"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} must be at least 1; got {value}")
+        for name in ("minutes", "speedup", "rate", "slo_ttft_ms", "slo_tpot_ms", "heartbeat_ms"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ConfigError(f"{name} must be more than 0; got {value}")
+        if (self.trace is None) == (self.synthetic is None):
+            raise ConfigError("give either a trace, --trace FILE, or a number of made-up requests, --synthetic N")
+        if self.speedup is not None and self.rate is not None:
+            raise ConfigError("speedup and rate are two ways to say the same: give one")
+        if not 0 <= self.prefill < self.engines:
+            raise ConfigError(
+                f"prefill must be between 0 and {self.engines - 1}, to leave one to decode; got {self.prefill}"
+            )
+
+    @property
+    def slo(self) -> Slo:
+        return Slo(ttft_ms=self.slo_ttft_ms, tpot_ms=self.slo_tpot_ms)
+
+    def fleet(self) -> list[tuple[EngineId, Role]]:
+        """Every engine by name, with its role."""
+        if not self.prefill:
+            return [(EngineId(f"engine-{n}"), "both") for n in range(self.engines)]
+        prefill: list[tuple[EngineId, Role]] = [(EngineId(f"prefill-{n}"), "prefill") for n in range(self.prefill)]
+        return prefill + [(EngineId(f"decode-{n}"), "decode") for n in range(self.engines - self.prefill)]
+
+
+_FLAGS: Mapping[str, str] = {
+    "trace": "file of requests, one JSON object a line, as the Mooncake project publishes them",
+    "synthetic": "how many requests of made-up chats to play instead of a trace",
+    "engines": "how many engines",
+    "prefill": "how many of them prefill for the others, which decode; 0: all do both",
+    "policy": "how the router chooses engines; may be repeated (default: the router's)",
+    "requests": "how many requests of the trace to take (default: all)",
+    "minutes": "how many minutes of the trace to take (default: all)",
+    "copies": "how many times as many users, who share no prompts with those of another copy",
+    "speedup": "how much faster than in the trace requests come (default: 1)",
+    "rate": "how many requests come per second, instead of --speedup",
+    "arrivals": "as-told, or spread: those of one timestamp come at random times between it and the next",
+    "slo_ttft_ms": "time to the first token that a good request keeps",
+    "slo_tpot_ms": "time per token after the first that a good request keeps",
+    "heartbeat_ms": "how often engines report their load",
+    "min_remote_tokens": "uncached prompt tokens from which another engine supplies the KV",
+    "seed": "decides what is left to chance",
+    "json": "file to write the report to, as JSON",
+    "html": "file to write the report to, as a page with plots",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds one flag per setting, such as `--slo-ttft-ms`, and those that describe an engine."""
+    for setting in msgspec.structs.fields(SimulateSettings):
+        if setting.name == "model":
+            continue
+        flag, text = "--" + setting.name.replace("_", "-"), _FLAGS[setting.name]
+        if isinstance(setting.default, tuple):
+            parser.add_argument(flag, action="append", help=text)
+            continue
+        kind = {int: int, int | None: int, float: float, float | None: float}.get(setting.type, str)
+        shown = "" if setting.default is None else " (default: %(default)s)"
+        choices = get_args(setting.type) if get_origin(setting.type) is Literal else None
+        parser.add_argument(flag, type=kind, choices=choices, default=setting.default, help=text + shown)
+    sim_settings.add_arguments(parser, sim_settings.MODEL)
+    parser.set_defaults(block_size=BLOCK_SIZE, blocks=BLOCKS)
+
+
+def from_args(args: argparse.Namespace) -> SimulateSettings:
+    """The settings that parsed flags give. Raises ConfigError for one out of range."""
+    values = {name: getattr(args, name) for name in _FLAGS if getattr(args, name) is not None}
+    model = {name: getattr(args, name) for name in sim_settings.MODEL}
+    try:
+        settings = msgspec.convert({**values, "model": model}, SimulateSettings)
+    except msgspec.ValidationError as error:
+        raise ConfigError(str(error)) from None
+    settings.model.limits()
+    settings.model.speeds()
+    return settings

@@ -1,0 +1,217 @@
+"""A fleet of modelled engines behind the real router, in virtual time: from requests to what became of them. Pure.
+
+Every engine's model is asked when it next has something to do; arrivals, steps, transfers and load reports happen in
+order of time. Nothing is lost on the way and nothing takes time but what the model says does.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from vllm_llmd.errors import ConfigError
+from vllm_llmd.kernels.hash_chain_cpu import chain_names
+from vllm_llmd.names import BlockName, EngineId
+from vllm_llmd.router.decide import Decision
+from vllm_llmd.sim.requests import Report, SimRequest
+from vllm_llmd.sim.transfer import Transfer, order_tokens
+from vllm_llmd.simulate.events import Events
+from vllm_llmd.simulate.member import Member
+from vllm_llmd.simulate.outcomes import Outcome, Played
+from vllm_llmd.simulate.routing import Routing
+from vllm_llmd.simulate.trace import TraceRequest
+
+QUIET_REPORTS = 3
+"""An engine with nothing to do has told all it has to tell after so many load reports."""
+
+STUCK_MS = 60_000
+"""An order that nobody makes progress with for so long is given up."""
+
+
+@dataclass(slots=True, eq=False)
+class _Asked:
+    """A request at its destination."""
+
+    outcome: Outcome
+    decision: Decision
+    member: Member
+
+
+@dataclass(slots=True, eq=False)
+class _Order:
+    """What `member` waits for, up to token `end_token`."""
+
+    member: Member
+    source: Member
+    request: SimRequest
+    transfer: Transfer
+    end_token: int
+
+
+class Simulation:
+    """`routing` must use `events` as its clock; `heartbeat_ms` is how often engines report their load."""
+
+    def __init__(self, members: Sequence[Member], routing: Routing, events: Events, heartbeat_ms: float) -> None:
+        self._members = members
+        self._by_id: dict[EngineId, Member] = {member.id: member for member in members}
+        self._routing = routing
+        self._events = events
+        self._heartbeat_ms = heartbeat_ms
+        self._asked: dict[str, _Asked] = {}
+        self._orders: dict[str, _Order] = {}
+        self._progress_ms = 0.0
+        self._unfinished = 0
+        self._played = Played()
+
+    def run(self, requests: Sequence[TraceRequest]) -> Played:
+        """Plays all requests, in order of arrival, to their ends."""
+        for place, member in enumerate(self._members):
+            for message in member.hello():
+                self._routing.told(message)
+            member.phase_ms = self._heartbeat_ms * place / len(self._members)
+            self._events.at(member.phase_ms, self._report_load, member)
+        self._played.outcomes = [Outcome(each.at_ms, each.prompt_tokens, each.output_tokens) for each in requests]
+        self._unfinished = len(requests)
+        self._requests = requests
+        self._events.at(requests[0].at_ms, self._arrive, 0)
+        while self._unfinished and self._events.next():
+            pass
+        assert not self._unfinished, "every request ends"
+        self._played.end_ms = self._events.now_ms()
+        self._played.engines = [member.totals() for member in self._members]
+        self._played.steps = sum(member.model.counts.steps for member in self._members)
+        return self._played
+
+    # --- requests -----------------------------------------------------------------------------------------------
+
+    def _arrive(self, number: int) -> None:
+        if number + 1 < len(self._requests):
+            self._events.at(self._requests[number + 1].at_ms, self._arrive, number + 1)
+        request, outcome, name = self._requests[number], self._played.outcomes[number], str(number)
+        prompt = request.prompt()
+        decision = self._routing.decide(name, prompt)
+        if decision is None:
+            self._refuse(outcome, "no engine is ready")
+            return
+        member = self._by_id[decision.destination]
+        size = member.info.block_size
+        names: list[BlockName] = chain_names(np.concatenate((prompt, request.answer(number))), size).tolist()
+        asked = SimRequest(name, request.prompt_tokens, request.output_tokens, names, source=decision.source)
+        outcome.destination, outcome.source = decision.destination, decision.source
+        outcome.predicted_cached_tokens = decision.predicted_blocks * size
+        try:
+            member.model.submit(asked, self._events.now_ms())
+        except ConfigError as error:
+            self._routing.done(name, decision)
+            self._refuse(outcome, str(error))
+            return
+        member.requests += 1
+        self._asked[name] = _Asked(outcome, decision, member)
+        self._stirred(member)
+
+    def _refuse(self, outcome: Outcome, why: str) -> None:
+        outcome.refused = why
+        self._unfinished -= 1
+
+    # --- engines ------------------------------------------------------------------------------------------------
+
+    def _stirred(self, member: Member) -> None:
+        """Something has come to the engine from outside: its next step may be due sooner, and its load is another."""
+        self._progress_ms = self._events.now_ms()
+        self._arm(member)
+        member.quiet = 0
+        if member.asleep:
+            member.asleep = False
+            beats = (self._events.now_ms() - member.phase_ms) // self._heartbeat_ms + 1
+            self._events.at(member.phase_ms + beats * self._heartbeat_ms, self._report_load, member)
+
+    def _arm(self, member: Member) -> None:
+        due_ms = member.model.next_ms
+        if due_ms is not None and due_ms != member.armed_ms:
+            self._events.at(due_ms, self._step, member)
+        member.armed_ms = due_ms
+
+    def _step(self, member: Member) -> None:
+        now_ms = self._events.now_ms()
+        if member.armed_ms is None or member.armed_ms > now_ms:
+            return  # a step that was cut short, or has been taken
+        self._deliver(member, member.model.step(now_ms))
+        for change in member.changes():
+            self._routing.told(change)
+        member.armed_ms = None
+        self._arm(member)
+
+    def _deliver(self, member: Member, report: Report) -> None:
+        now_ms = self._progress_ms = self._events.now_ms()
+        for request in report.admitted:
+            self._note_computed(member, request)
+        for request in report.wanted:
+            self._order(member, request)
+        for request, tokens in report.made:
+            asked = self._asked.get(request.id)
+            if asked is not None:
+                outcome = asked.outcome
+                outcome.made_tokens += tokens
+                outcome.last_ms = now_ms
+                if outcome.first_ms is None:
+                    outcome.first_ms = now_ms
+        for request in report.finished:
+            order = self._orders.get(request.id)
+            if order is not None:
+                self._events.at(order.transfer.here_ms(now_ms, order.member.model.speeds), self._supply, request.id)
+                continue
+            asked = self._asked.pop(request.id)
+            self._routing.done(request.id, asked.decision)
+            self._unfinished -= 1
+
+    def _note_computed(self, member: Member, request: SimRequest) -> None:
+        tokens = request.prompt_tokens - (request.cached_tokens or 0)
+        member.computed_tokens += tokens
+        order = self._orders.get(request.id)
+        self._asked[request.id if order is None else order.request.id].outcome.computed_tokens += tokens
+
+    def _report_load(self, member: Member) -> None:
+        self._routing.told(member.heartbeat())
+        if member.idle:
+            member.quiet += 1
+        if member.quiet < QUIET_REPORTS:
+            self._events.at(self._events.now_ms() + self._heartbeat_ms, self._report_load, member)
+        else:
+            member.asleep = True
+        if self._events.now_ms() - self._progress_ms > STUCK_MS:
+            self._give_up_orders()
+
+    # --- orders -------------------------------------------------------------------------------------------------
+
+    def _order(self, member: Member, request: SimRequest) -> None:
+        """The destination orders what it lacks of the prompt, but the last token, or up to where it is told."""
+        now_ms, decision = self._events.now_ms(), self._asked[request.id].decision
+        source = self._by_id.get(decision.source or member.id)
+        end_token = min(decision.source_until or request.prompt_tokens, request.prompt_tokens - 1)
+        if source is None or source is member or end_token <= request.computed:
+            member.model.supplied(request.id, 0, now_ms)
+            return
+        tokens = order_tokens(end_token, source.info.block_size)
+        order = SimRequest(f"{request.id} order", tokens, 1, request.names[: tokens // source.info.block_size])
+        transfer = Transfer(now_ms, end_token - request.computed, source.model.limits.token_budget)
+        self._orders[order.id] = _Order(member, source, request, transfer, end_token)
+        member.orders_placed += 1
+        source.orders_served += 1
+        source.model.submit(order, now_ms)
+        self._stirred(source)
+
+    def _supply(self, order_id: str) -> None:
+        order = self._orders.pop(order_id, None)
+        if order is not None:
+            order.member.model.supplied(order.request.id, order.end_token, self._events.now_ms())
+            self._stirred(order.member)
+
+    def _give_up_orders(self) -> None:
+        """Engines whose blocks are all held by requests that wait for each other's KV: each computes by itself."""
+        for order_id, order in list(self._orders.items()):
+            del self._orders[order_id]
+            order.source.model.abort(order_id, self._events.now_ms())
+            self._stirred(order.source)
+            order.member.model.supplied(order.request.id, 0, self._events.now_ms())
+            self._stirred(order.member)
+            self._played.given_up += 1
