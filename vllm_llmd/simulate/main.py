@@ -13,7 +13,7 @@ import msgspec
 from vllm_llmd.errors import ConfigError
 from vllm_llmd.kernels import hash_chain_cpu, prefix_table_cpu
 from vllm_llmd.router import policies
-from vllm_llmd.router.policy import PolicySettings
+from vllm_llmd.router.policy import Policy, PolicySettings
 from vllm_llmd.router.settings import RouterSettings
 from vllm_llmd.simulate import traffic
 from vllm_llmd.simulate.events import Events
@@ -87,7 +87,7 @@ def played(policy: str, settings: SimulateSettings, requests: Sequence[TraceRequ
     return Simulation(members, routing, events, settings.heartbeat_ms).run(requests)
 
 
-def _policy(name: str, settings: SimulateSettings) -> policies.Policy:
+def _policy(name: str, settings: SimulateSettings) -> Policy:
     return policies.make(name, PolicySettings(settings.min_remote_tokens, random.Random(f"policy {settings.seed}")))
 
 

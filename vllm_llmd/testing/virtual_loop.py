@@ -3,6 +3,11 @@
 import asyncio
 import selectors
 from selectors import SelectorKey
+from typing import Final
+
+
+A_LITTLE_S: Final = 1e-9
+"""By so much it comes too late, or rounding may have it come too early, again and again."""
 
 
 class _Selector(selectors.DefaultSelector):
@@ -13,7 +18,7 @@ class _Selector(selectors.DefaultSelector):
     def select(self, timeout: float | None = None) -> list[tuple[SelectorKey, int]]:
         ready = super().select(0 if timeout is not None else None)
         if not ready and timeout is not None:
-            self.now_s += max(timeout, 0.0)
+            self.now_s += timeout + A_LITTLE_S
         return ready
 
 
