@@ -31,7 +31,7 @@ INTERPRETED := TRITON_INTERPRET=1 $(PYTEST) tests/gpu/test_block_copy_gpu.py
 export PYTHONSAFEPATH := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test check lint format test-unit test-engine test-gpu bench-pd bench-timeline bench-index bench-step bench-copy \
+.PHONY: demo test check lint format test-unit test-engine test-gpu bench-pd bench-timeline bench-index bench-sim bench-step bench-copy \
 	model model-tiny model-smollm2 install lock dist clean distclean help
 
 demo: $(READY) $(SMOLLM2)/$(MARKER) ## two real engines, a router, one chat: ends with one line of JSON
@@ -83,6 +83,10 @@ bench-index: $(READY) .models/tiny/$(MARKER) ## the prefix index against NVIDIA 
 
 bench-index-here: $(READY)
 	@PYTHONPATH=$(CURDIR)/bench $(PY) -m index --engine-python .venv/bin/python $(ARGS)
+
+bench-sim: $(READY) ## policies on a trace of production, on simulated fleets: TRACE=FILE, ARGS="--engines 8"
+	@test -n "$(TRACE)" || { echo "error: say which trace: make bench-sim TRACE=FILE" >&2; exit 1; }
+	@PYTHONPATH=$(CURDIR)/bench $(PY) -m sim --trace $(TRACE) $(ARGS)
 
 bench-step: $(READY) ## what the connector costs an engine per step with nothing in flight
 	@$(PY) bench/step_cost.py

@@ -166,7 +166,6 @@ def test_a_trace_is_played_and_reported(tmp_path: Path) -> None:
         (("--synthetic", "5", "--engines", "2", "--prefill", "2"), "prefill must be between 0 and 1"),
         (("--synthetic", "5", "--rate", "1", "--speedup", "2"), "give one"),
         (("--synthetic", "5", "--rate", "nan"), "rate must be more than 0"),
-        (("--synthetic", "5", "--arrivals", "late"), "arrivals"),
         (("--synthetic", "5", "--blocks", "0"), "blocks must be at least 1"),
         (("--synthetic", "5", "--step-ms", "0"), "step_ms must be more than 0"),
     ],

@@ -68,4 +68,3 @@ class Counts:
     supplied: int = 0
     preemptions: int = 0
     finished_requests: int = 0
-    busy_ms: float = 0.0

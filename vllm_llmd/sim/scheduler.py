@@ -21,7 +21,8 @@ _Turn = tuple[bool, int, float, int]
 class Scheduler:
     """One engine. Call `step` whenever `next_ms` has come; in between, requests come, go, and are supplied.
 
-    `slowdown` stretches every step that begins from now on; `run_steps` bounds every run.
+    `slowdown` stretches every step that begins from now on; `run_steps` bounds every run. `busy_ms` is how long all
+    steps took that have ended.
     """
 
     def __init__(self, limits: Limits, speeds: Speeds) -> None:
@@ -32,6 +33,7 @@ class Scheduler:
         self.slowdown = 1.0
         self.run_steps = limits.run_steps
         self.counts = Counts()
+        self.busy_ms = 0.0
         self.running: list[SimRequest] = []
         self.parked: dict[str, SimRequest] = {}
         self._known: dict[str, SimRequest] = {}
@@ -116,7 +118,7 @@ class Scheduler:
             _, _, request, end_token = heapq.heappop(self._reloads)
             self.supplied(request.id, end_token, now_ms)
         if self._run is not None and self._run.end_ms <= now_ms:
-            self.counts.busy_ms += self._run.end_ms - self._run.began_ms
+            self.busy_ms += self._run.end_ms - self._run.began_ms
             self._end(report, self._run.steps)
             self._run = None
         if self._run is None:

@@ -80,6 +80,6 @@ class Member:
             orders=self.orders_served,
             computed_tokens=self.computed_tokens,
             output_tokens=counts.generated,
-            busy_ms=counts.busy_ms,
+            busy_ms=self.model.busy_ms,
             preemptions=counts.preemptions,
         )

@@ -5,7 +5,6 @@ import selectors
 from selectors import SelectorKey
 from typing import Final
 
-
 A_LITTLE_S: Final = 1e-9
 """By so much it comes too late, or rounding may have it come too early, again and again."""
 
