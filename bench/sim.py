@@ -23,7 +23,7 @@ from vllm_llmd.simulate.report import Summary
 from vllm_llmd.simulate.settings import SimulateSettings
 from vllm_llmd.simulate.table import table
 
-MINUTES = {8: 20.0, 64: 5.0, 512: 2.0}
+MINUTES = {8: 20.0, 64: 4.0, 512: 1.5}
 """Of the trace, by engines: fewer minutes of more users are as many requests."""
 
 

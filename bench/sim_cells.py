@@ -15,14 +15,14 @@ Load = Literal["light", "heavy"]
 COPY_ENGINES: Final = 8
 """Engines that one copy of the trace is for: larger fleets have more users, not busier ones."""
 
-PREFILL_SHARE: Final = 5 / 8
+PREFILL_SHARE: Final = 6 / 8
 """Of the engines where they have roles: prompts of this trace take more computing than answers."""
 
 SPEEDUPS: Final[dict[tuple[Roles, Load], float]] = {
-    ("aggregated", "light"): 1.0,
-    ("aggregated", "heavy"): 3.0,
-    ("disaggregated", "light"): 1.0,
-    ("disaggregated", "heavy"): 3.0,
+    ("aggregated", "light"): 0.8,
+    ("aggregated", "heavy"): 2.0,
+    ("disaggregated", "light"): 0.7,
+    ("disaggregated", "heavy"): 1.6,
 }
 """How much faster than in the trace requests come: where engines in turn keep the SLO, and where they lose it."""
 

@@ -32,7 +32,7 @@ def test_a_larger_fleet_has_more_users_and_the_same_load_per_engine() -> None:
     few, many = (Cell(engines, "disaggregated", "heavy", 2.0).settings("t", 0) for engines in (8, 512))
     assert (few.copies, many.copies) == (1, 64)
     assert few.speedup == many.speedup
-    assert (few.prefill, many.prefill) == (5, 320)
+    assert (few.prefill, many.prefill) == (6, 384)
     assert Cell(64, "aggregated", "light", 2.0).settings("t", 0).prefill == 0
 
 
