@@ -179,7 +179,7 @@ class EngineLink:
         self._lists: dict[str, Sequence[EngineInfo]] = {}
         self._members = merge_members(settings.peers, ())
         self._mirror = Mirror(settings.info)
-        self._closing = self._dead = False
+        self._closing = self._dead = self._draining = self._told_draining = False
         self._context: zmq.Context[zmq.Socket[bytes]] = sockets or zmq.Context()
         self._owns_context = sockets is None
         self._connections: list[_Connection] = []
@@ -219,6 +219,11 @@ class EngineLink:
     def members(self) -> Mapping[EngineId, EngineInfo]:
         """Every engine known now: static peers and what the routers published. A value; safe from any thread."""
         return self._members
+
+    def drain(self) -> None:
+        """Tells that this engine is about to leave and wants no more requests. Safe in a signal's handler."""
+        self._draining = True
+        self._wake()
 
     def close(self) -> None:
         """Says goodbye and stops the thread. Waits a moment at most; a second call does nothing."""
@@ -260,6 +265,10 @@ class EngineLink:
         readable = self._wait()
         now_ms = self._clock.now_ms()
         self._drain_queue()
+        if self._draining and not self._told_draining:
+            self._told_draining = True
+            for connection in self._connections:
+                connection.dialogue.heartbeat_due_ms = now_ms
         for connection in self._connections:
             heard = self._receive(connection, now_ms) if connection.socket in readable else set()
             self._pay(connection, heard | connection.dialogue.due(now_ms))
@@ -313,7 +322,7 @@ class EngineLink:
             for part in mirror.snapshot():
                 connection.send(part)
         if Say.HEARTBEAT in owed:
-            connection.send(mirror.heartbeat(self._settings.read_load()))
+            connection.send(mirror.heartbeat(self._settings.read_load(), self._draining))
 
     def _replace_members(self, endpoint: str, engines: Sequence[EngineInfo]) -> None:
         self._lists.pop(endpoint, None)

@@ -79,8 +79,9 @@ class Mirror:
             for part, (tier, names) in enumerate(parts)
         ]
 
-    def heartbeat(self, load: Load) -> wire.Heartbeat:
+    def heartbeat(self, load: Load, draining: bool = False) -> wire.Heartbeat:
         """What is held as of `seq`, without names."""
         gpu, *offloaded = [wire.Held(tier, len(mirror.held), mirror.digest) for tier, mirror in self.tiers.items()]
         used = [held for held in offloaded if held.blocks]
-        return wire.Heartbeat(self.info.id, self.info.epoch, self.seq, gpu.blocks, gpu.digest, load, used)
+        sums = self.seq, gpu.blocks, gpu.digest
+        return wire.Heartbeat(self.info.id, self.info.epoch, *sums, load, used, draining)

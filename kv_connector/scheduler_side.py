@@ -31,6 +31,7 @@ from vllm_llmd.kv_connector.vllm_compat import (
     forget_connector_events,
     on_arrival,
     on_connector_events,
+    on_told_to_stop,
     to_block_events,
     to_offloaded,
     waits_for_kv,
@@ -121,6 +122,7 @@ class SchedulerSide:
         self._serving.streaming = Streaming(settings.stream == "layers", len(facts.layers), facts.layer_bytes)
         self._wait_ms = WAIT_MS if on_arrival(self._nudge) else DEAF_WAIT_MS
         on_connector_events(self._see_offloaded)
+        on_told_to_stop(self._link.drain)
         self._link.start()
         logger.info("llmd engine %s (%s) at %s, workers %s", info.id, info.role, info.http, info.workers)
 

@@ -4,6 +4,8 @@ What releases differ in ends here: see docs/decisions/0010-vllm-versions.md.
 """
 
 import logging
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -293,6 +295,22 @@ def forget_arrivals(listener: Callable[[], None]) -> None:
     """Undo `on_arrival`."""
     if listener in _arrival_listeners:
         _arrival_listeners.remove(listener)
+
+
+def on_told_to_stop(listener: Callable[[], None]) -> None:
+    """Call `listener` when SIGTERM reaches this process, before vLLM does what it does then.
+
+    It is called where a signal's handler is: it must not wait. Does nothing where SIGTERM is not vLLM's to handle.
+    """
+    theirs = signal.getsignal(signal.SIGTERM)
+    if not callable(theirs) or threading.current_thread() is not threading.main_thread():
+        return
+
+    def told(number: int, frame: Any) -> None:
+        listener()
+        theirs(number, frame)
+
+    signal.signal(signal.SIGTERM, told)
 
 
 # --- the worker -----------------------------------------------------------------------------------------------

@@ -1,7 +1,9 @@
-"""What an operator asks a router: health, metrics, the state of the fleet. Changes nothing."""
+"""What an operator asks a router: health, metrics, the state of the fleet, and which engines to spare."""
 
 import asyncio
 import hmac
+import logging
+from collections.abc import Callable
 from typing import Final
 
 from aiohttp import web
@@ -12,6 +14,8 @@ from vllm_llmd.router import observe, replies
 from vllm_llmd.router.fleet import Fleet
 from vllm_llmd.router.membership import Engine
 from vllm_llmd.router.observe import Metrics
+
+log = logging.getLogger(__name__)
 
 GUARDED = ("/v1/", "/admin/")
 
@@ -32,11 +36,13 @@ class Admin:
         app.router.add_get("/health", self._health)
         app.router.add_get("/metrics", self._exposition)
         app.router.add_get("/admin/engines", self._engines)
+        app.router.add_post("/admin/engines/{engine}/drain", self._drain)
+        app.router.add_post("/admin/engines/{engine}/undrain", self._undrain)
         app.router.add_get("/admin/index/{engine}", self._index)
         app.router.add_post("/admin/index/{engine}/verify", self._verify)
 
     async def _health(self, _: web.Request) -> web.Response:
-        ready = len(self._fleet.membership.ready())
+        ready = len(self._fleet.membership.accepting())
         if not ready:
             return replies.error(503, "No engine is ready.", "no_engine_ready")
         return web.json_response({"status": "ok", "ready": ready})
@@ -46,6 +52,21 @@ class Admin:
 
     async def _engines(self, _: web.Request) -> web.Response:
         return web.json_response({"engines": [self._shown(engine) for engine in self._fleet.membership.all()]})
+
+    async def _drain(self, http: web.Request) -> web.Response:
+        return self._changed(http, self._fleet.membership.drain)
+
+    async def _undrain(self, http: web.Request) -> web.Response:
+        return self._changed(http, self._fleet.membership.undrain)
+
+    def _changed(self, http: web.Request, change: Callable[[EngineId], None]) -> web.Response:
+        engine = EngineId(http.match_info["engine"])
+        known = self._fleet.membership.get(engine)
+        if known is None:
+            return replies.error(404, f"There is no engine {engine}.", "engine_not_found")
+        change(engine)
+        log.info("engine %s: %s", engine, "draining" if known.draining else "gets requests")
+        return web.json_response({"id": engine, "draining": known.draining, "requests": len(known.serving)})
 
     async def _index(self, http: web.Request) -> web.Response:
         engine = EngineId(http.match_info["engine"])
@@ -94,6 +115,9 @@ class Admin:
             "role": info.role,
             "stock": engine.stock is not None,
             "state": engine.state.value,
+            "draining": engine.draining,
+            "requests": len(engine.serving),
+            "circuit": self._fleet.health.standing(info.id).circuit.value,
             "epoch": info.epoch,
             "http": info.http,
             "models": info.models,

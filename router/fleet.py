@@ -22,6 +22,7 @@ from vllm_llmd.router.agreement import Agreement, prompt_names
 from vllm_llmd.router.candidates import Candidates, Loads, Places, Roster, adapter_of
 from vllm_llmd.router.cursor import Cursor, Outcome
 from vllm_llmd.router.decide import Decision
+from vllm_llmd.router.health import Health
 from vllm_llmd.router.membership import Engine, Membership, Placed, State, Stock
 from vllm_llmd.router.prefix_index import NO_NAMES, Difference, PrefixIndex, unpacked, unpacked_tiers
 from vllm_llmd.router.request import Facts
@@ -70,9 +71,10 @@ class Fleet:
         self._unverified: set[EngineId] = set()
         self._stock_suspects: set[EngineId] = set()
         self._rosters: dict[str | None, tuple[Roster, Places]] = {}
-        self._rosters_version = 0
+        self._rosters_version = (0, 0)
         self.membership = Membership(settings.stale_after_ms, settings.gone_after_ms)
         self.index = PrefixIndex(settings.index_blocks)
+        self.health = Health()
         self.texts = TextIndex(settings.text_chunks)
         self.truth = Truth()
         self.agreement = Agreement()
@@ -100,6 +102,7 @@ class Fleet:
         now_ms = self._clock.now_ms()
         for engine in self.membership.tick(now_ms):
             self._forget(engine)
+        self.health.tick((engine.info.id for engine in self.membership.accepting()), now_ms)
         replies = []
         for engine, cursor in self._cursors.items():
             known = self.membership.get(engine)
@@ -140,6 +143,7 @@ class Fleet:
         if self.membership.join(info, now_ms):
             self._cursors[info.id] = Cursor(self._settings.snapshot_retry_ms)
             self.index.clear_engine(info.id)
+            self.health.forget(info.id)
             self.truth.joined(info.id, info.epoch)
             return [*replies, *self._act(info.id, self._cursors[info.id].lose("joined", now_ms))]
         return [*replies, Reply(sender, wire.Members(self.membership.infos())), *self._heard(info.id, now_ms)]
@@ -154,6 +158,7 @@ class Fleet:
             case wire.Heartbeat():
                 held = {tier: self.index.contents(message.engine, tier) for tier in TIERS}
                 self.membership.reported(message.engine, message.load, now_ms, held["gpu"].blocks)
+                self.membership.says_leaving(message.engine, message.draining)
                 known = None if self.index.without_room(message.engine) else held
                 return self._act(message.engine, self._cursors[message.engine].on_heartbeat(message, known, now_ms))
             case wire.BlocksChanged():
@@ -203,6 +208,7 @@ class Fleet:
 
     def _forget(self, engine: EngineId) -> None:
         self.index.forget_engine(engine)
+        self.health.forget(engine)
         self.truth.left(engine)
         self._stock_suspects.discard(engine)
         self._verdicts.pop(engine, None)
@@ -221,6 +227,7 @@ class Fleet:
         if info.id in self._cursors or not self.membership.join(info, self._clock.now_ms(), stock):
             return False
         self.index.clear_engine(info.id)
+        self.health.forget(info.id)
         self.truth.joined(info.id, info.epoch)
         return True
 
@@ -290,6 +297,7 @@ class Fleet:
             engine = self.membership.get(engine_id)
             if engine is not None:
                 engine.place(request, Placed(now_ms, prefill_tokens))
+        self.health.asked(decision.destination, request)
 
     def foretold(self, facts: Facts, decision: Decision) -> Prediction | None:
         """What the index claims of the decision's destination. None if what the engine finds says nothing of that."""
@@ -309,6 +317,7 @@ class Fleet:
 
     def done(self, request: str, decision: Decision) -> None:
         """The request has ended, well or not."""
+        self.health.ended(decision.destination, request)
         for engine_id in (decision.destination, decision.source):
             engine = None if engine_id is None else self.membership.get(engine_id)
             if engine is not None:
@@ -328,15 +337,16 @@ class Fleet:
 
     def _roster(self, model: str | None, tried: Sequence[EngineId]) -> tuple[Roster, Places]:
         """Who could take the request, and their places in the index. Kept while the fleet stays the same."""
-        if self._rosters_version != self.membership.version:
+        version = self.membership.version, self.health.version
+        if self._rosters_version != version:
             self._rosters.clear()
-            self._rosters_version = self.membership.version
+            self._rosters_version = version
         known = None if tried else self._rosters.get(model)
         if known is not None:
             return known
-        engines = [
-            engine for engine in self.membership.ready() if engine.info.id not in tried and engine.info.serves(model)
-        ]
+        accepting = self.membership.accepting()
+        takers = [engine for engine in accepting if engine.info.id not in tried and engine.info.serves(model)]
+        engines = self.health.admitted(takers)
         made = Roster.of(engines, model), self.index.places(engine.info.id for engine in engines)
         if engines and not tried:
             self._rosters[model] = made

@@ -83,6 +83,12 @@ class Engine:
     load: Load = field(default_factory=Load)
     load_at_ms: float = 0.0
     unreported: dict[str, Placed] = field(default_factory=dict)
+    serving: set[str] = field(default_factory=set)
+    """Requests of this router that it has a part in."""
+    drained: bool = False
+    """An operator has said so."""
+    leaving: bool = False
+    """The engine itself says that it is about to go."""
     stock: Stock | None = None
     requests_ahead: int = 0
     tokens_ahead: int = 0
@@ -96,9 +102,15 @@ class Engine:
     def __post_init__(self) -> None:
         self._write_row()
 
+    @property
+    def draining(self) -> bool:
+        """Whether it finishes what it has and gets nothing new."""
+        return self.drained or self.leaving
+
     def place(self, request: str, placed: Placed) -> None:
         """Counts a request that this router sends to it until its own report does."""
         self.ended(request)
+        self.serving.add(request)
         self.unreported[request] = placed
         self.requests_ahead += 1
         self.tokens_ahead += placed.prefill_tokens
@@ -106,6 +118,7 @@ class Engine:
 
     def ended(self, request: str) -> None:
         """The request is over, reported or not."""
+        self.serving.discard(request)
         placed = self.unreported.pop(request, None)
         if placed is not None:
             self.requests_ahead -= 1
@@ -166,6 +179,10 @@ class Membership:
     def ready(self) -> list[Engine]:
         return [engine for engine in self._engines.values() if engine.state is State.READY]
 
+    def accepting(self) -> list[Engine]:
+        """Those that are ready and not draining."""
+        return [engine for engine in self.ready() if not engine.draining]
+
     def infos(self) -> list[EngineInfo]:
         """The list to publish: every engine with a link that is not gone."""
         return [engine.info for engine in self._engines.values() if engine.stock is None]
@@ -210,6 +227,23 @@ class Membership:
 
     def reported(self, engine: EngineId, load: Load, now_ms: float, cached_blocks: int = 0) -> None:
         self._engines[engine].reported(load, now_ms, cached_blocks)
+
+    def drain(self, engine: EngineId) -> None:
+        """It gets no more requests, until `undrain` or for the rest of its life."""
+        self._engines[engine].drained = True
+        self.version += 1
+
+    def undrain(self, engine: EngineId) -> None:
+        """It gets requests again, unless it is leaving."""
+        self._engines[engine].drained = False
+        self.version += 1
+
+    def says_leaving(self, engine: EngineId, leaving: bool) -> None:
+        """What the engine says of itself."""
+        known = self._engines[engine]
+        if known.leaving is not leaving:
+            known.leaving = leaving
+            self.version += 1
 
     def index_exact(self, engine: EngineId) -> None:
         self._on(self._engines[engine], Event.INDEX_EXACT)

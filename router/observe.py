@@ -10,6 +10,7 @@ from prometheus_client.registry import Collector
 
 from vllm_llmd.names import TIERS
 from vllm_llmd.router.fleet import Fleet
+from vllm_llmd.router.health import Circuit
 from vllm_llmd.router.membership import State
 from vllm_llmd.router.truth import Trust
 
@@ -35,6 +36,7 @@ class _FleetCollector(Collector):
             if state is not State.GONE:
                 by_state.add_metric([state.value], states[state])
         yield by_state
+        yield from self._health()
         blocks = GaugeMetricFamily("vllm_llmd_index_blocks", "Blocks in the prefix index", labels=["engine", "tier"])
         for engine, tier in product(engines, TIERS):
             held = self._fleet.index.contents(engine.info.id, tier).blocks
@@ -80,6 +82,26 @@ class _FleetCollector(Collector):
             "vllm_llmd_text_chunks", "Entries in the text index", value=float(len(self._fleet.texts))
         )
 
+    def _health(self) -> Iterator[GaugeMetricFamily | CounterMetricFamily]:
+        draining = GaugeMetricFamily(
+            "vllm_llmd_engine_draining", "Whether the engine gets no new requests", labels=["engine"]
+        )
+        closed = GaugeMetricFamily(
+            "vllm_llmd_engine_circuit_closed", "Whether the engine's circuit is closed", labels=["engine"]
+        )
+        for engine in self._fleet.membership.all():
+            draining.add_metric([engine.info.id], float(engine.draining))
+            circuit = self._fleet.health.standing(engine.info.id).circuit
+            closed.add_metric([engine.info.id], float(circuit is Circuit.CLOSED))
+        yield draining
+        yield closed
+        opened = CounterMetricFamily(
+            "vllm_llmd_circuits_opened", "Circuits of engines opened", labels=["engine", "reason"]
+        )
+        for (engine_id, reason), count in self._fleet.health.opened.items():
+            opened.add_metric([engine_id, reason.value], count)
+        yield opened
+
 
 class Metrics:
     """Every counter that the router's edges raise."""
@@ -119,8 +141,17 @@ class Metrics:
             ["engine"],
             registry=self._registry,
         )
+        self.retries_refused = Counter(
+            "vllm_llmd_retries_refused", "Retries that were not within the budget", registry=self._registry
+        )
         self.broken_streams = Counter(
             "vllm_llmd_broken_streams", "Answers that broke off midway", ["engine"], registry=self._registry
+        )
+        self.continued_streams = Counter(
+            "vllm_llmd_continued_streams",
+            "Streams that broke and were continued on another engine",
+            ["result"],
+            registry=self._registry,
         )
         self.cancelled = Counter(
             "vllm_llmd_cancelled_requests", "Requests whose client went away", registry=self._registry

@@ -11,6 +11,7 @@ from vllm_llmd.router.request import parse_body
 
 HINT_KEY: Final = "kv_transfer_params"
 STREAM_OPTIONS: Final = "stream_options"
+TOKEN_IDS: Final = "return_token_ids"
 RANK_HEADER: Final = "X-data-parallel-rank"
 
 _XARGS: Final = "vllm_xargs"
@@ -65,6 +66,15 @@ def asking_for_usage(raw: bytes, body: Mapping[str, Any]) -> "tuple[bytes, Mappi
         asked = {**parse_body(raw), STREAM_OPTIONS: asking}
         return json.dumps(asked).encode(), asked
     return _with_member(raw, body, STREAM_OPTIONS, asking), {**body, STREAM_OPTIONS: asking}
+
+
+def asking_for_token_ids(raw: bytes, body: Mapping[str, Any]) -> bytes:
+    """The request with the ids of its tokens asked for; `body` is `raw`, skimmed or whole."""
+    if body.get(TOKEN_IDS) is True:
+        return raw
+    if TOKEN_IDS in body:
+        return json.dumps({**parse_body(raw), TOKEN_IDS: True}).encode()
+    return _with_member(raw, body, TOKEN_IDS, value=True)
 
 
 def uncompressed(headers: Headers) -> Headers:

@@ -17,6 +17,7 @@ _AT_LEAST_1 = (
     "heartbeat_ms",
     "snapshot_retry_ms",
     "connect_timeout_ms",
+    "attempts",
     "text_chunk_bytes",
     "text_chunks",
     "index_blocks",
@@ -37,6 +38,9 @@ class RouterSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     policy: str = "prefix_first"
     min_remote_tokens: int = 256
     connect_timeout_ms: int = 5000
+    attempts: int = 3
+    retry_percent: int = 50
+    continuations: int = 2
     shutdown_ms: int = 5000
     max_body_bytes: int = 64 << 20
     text_chunk_bytes: int = 256
@@ -51,6 +55,9 @@ class RouterSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         for name in _AT_LEAST_1:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1; got {getattr(self, name)}")
+        for name in ("retry_percent", "continuations"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} must be at least 0; got {getattr(self, name)}")
         if not 0 <= self.port < 65_536:
             raise ConfigError(f"port must be between 0 and 65535; got {self.port}")
         if self.stale_after_ms <= self.heartbeat_ms:
@@ -77,6 +84,9 @@ _FLAGS: Mapping[str, str] = {
     "policy": "how engines are chosen: see docs/policies.md",
     "min_remote_tokens": "uncached prompt tokens from which a prefill engine supplies the KV",
     "connect_timeout_ms": "how long to wait for an engine to accept a connection",
+    "attempts": "how many engines a request is tried on before its first byte",
+    "retry_percent": "retries there may be in 10 s, per hundred requests; 0 for none",
+    "continuations": "how often a stream that breaks midway is continued on another engine, where that is exact",
     "shutdown_ms": "how long requests in flight may take to end when the router is told to stop",
     "max_body_bytes": "largest request body accepted",
     "text_chunk_bytes": "bytes of prompt text per entry of the text index",

@@ -1,7 +1,7 @@
 """Cuts a stream of server-sent events where its events end, whatever the boundaries of the chunks it arrives in. Pure.
 
 Nothing is lost or changed: the pieces put together are the stream. An event that is not whole yet is held back, up
-to `EVENT_BYTES`; a longer one is passed on in parts, as it comes.
+to a limit; a longer one is passed on in parts, as it comes.
 """
 
 import re
@@ -24,7 +24,7 @@ _LINE = re.compile(rb"\r\n|\n|\r")
 
 @dataclass(frozen=True)
 class Piece:
-    """`whole`: an event with the empty line that ends it, of at most `EVENT_BYTES`.
+    """`whole`: an event with the empty line that ends it, of at most the splitter's `event_bytes`.
 
     Otherwise a part of one, or empty lines between two.
     """
@@ -34,9 +34,10 @@ class Piece:
 
 
 class Splitter:
-    """Takes chunks in, gives pieces out."""
+    """Takes chunks in, gives pieces out. An event of more than `event_bytes` is passed on in parts."""
 
-    def __init__(self) -> None:
+    def __init__(self, event_bytes: int = EVENT_BYTES) -> None:
+        self._event_bytes = event_bytes
         self._held = b""
         self._searched = 0
         self._in_parts = False
@@ -53,11 +54,11 @@ class Splitter:
         if self.between_events:
             begin = self._pass_empty_lines(buffer, 0, pieces)
         while (end := _EVENT_END.search(buffer, max(begin, self._searched))) is not None:
-            whole = not self._in_parts and end.end() - begin <= EVENT_BYTES
+            whole = not self._in_parts and end.end() - begin <= self._event_bytes
             pieces.append(Piece(buffer[begin : end.end()], whole))
             self._searched, self._in_parts = 0, False
             begin = self._pass_empty_lines(buffer, end.end(), pieces)
-        if self._in_parts or len(buffer) - begin > EVENT_BYTES:
+        if self._in_parts or len(buffer) - begin > self._event_bytes:
             pieces.append(Piece(buffer[begin:-_BEFORE_END], whole=False))
             begin, self._in_parts = max(len(buffer) - _BEFORE_END, begin), True
         self._held = buffer[begin:]

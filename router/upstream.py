@@ -40,9 +40,13 @@ class Answer:
 
 @dataclass(frozen=True)
 class Failure:
-    """The engine failed before the first byte. `status` and the rest are what it said, if it said anything."""
+    """The engine failed, before the first byte or, where another can go on, `midway`.
+
+    `status` and the rest are what it said, if it said anything.
+    """
 
     reason: str
+    midway: bool = False
     status: int | None = None
     headers: Headers | None = None
     body: bytes = b""
@@ -66,7 +70,7 @@ async def ask(session: aiohttp.ClientSession, attempt: Attempt) -> AsyncIterator
     try:
         response = await session.post(attempt.url, data=attempt.body, headers=attempt.headers, allow_redirects=False)
     except BROKEN as error:
-        yield Failure(_said(error))
+        yield Failure(said(error))
         return
     try:
         yield await _begin(response)
@@ -81,13 +85,14 @@ async def _begin(response: aiohttp.ClientResponse) -> Answer | Failure:
     headers = response_headers(response.headers.items())
     try:
         if response.status in RETRIED_STATUSES:
-            return Failure(f"status {response.status}", response.status, headers, await response.read())
+            return Failure(f"status {response.status}", False, response.status, headers, await response.read())
         first = await response.content.readany()
     except BROKEN as error:
-        return Failure(_said(error))
+        return Failure(said(error))
     is_stream = response.content_type == "text/event-stream"
     return Answer(response.status, headers, is_stream, first, response.content)
 
 
-def _said(error: BaseException) -> str:
+def said(error: BaseException) -> str:
+    """What an error says, and what kind it is."""
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

@@ -115,7 +115,7 @@ class Heartbeat(Message, frozen=True):
     """Sent every `Welcome.heartbeat_ms`. `seq` is that of the latest BlocksChanged.
 
     As of then, `blocks` are held on the GPU, and `digest` is the exclusive or of their names; `offloaded` says the same
-    of every other tier in which any are.
+    of every other tier in which any are. `draining`: the engine is about to leave, and wants no more requests.
     """
 
     engine: EngineId
@@ -125,6 +125,7 @@ class Heartbeat(Message, frozen=True):
     digest: int
     load: Load
     offloaded: list[Held] = []
+    draining: bool = False
 
 
 class BlocksChanged(Message, frozen=True):

@@ -48,6 +48,7 @@ class Ask:
     ends: list[str]
     stream: bool
     include_usage: bool
+    return_token_ids: bool
     cache_salt: str | None
     priority: int
     kv_transfer_params: Mapping[str, Any] | None
@@ -76,6 +77,7 @@ def read_ask(kind: Kind, body: Any, room: Room) -> Ask:
         ends=list(ends),
         stream=bool(body.get("stream")),
         include_usage=isinstance(options, Mapping) and bool(options.get("include_usage")),
+        return_token_ids=body.get("return_token_ids") is True,
         cache_salt=salt if isinstance(salt, str) and salt else None,
         priority=_count(body, "priority", 0),
         kv_transfer_params=params if isinstance(params, Mapping) else None,

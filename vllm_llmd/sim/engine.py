@@ -76,6 +76,7 @@ class SimEngine:
         self._secrets: set[BlockName] = set()
         self._streams: dict[str, Stream] = {}
         self._count = 0
+        self.draining = False
         self._load = Load(free_blocks=settings.blocks)
         self._load_due_s = 0.0
         self._timer: asyncio.Handle | None = None
@@ -107,6 +108,16 @@ class SimEngine:
         self.orders = OrderBook(self.info, Seal(settings.secret), self.members, self._ordered)
         self.fail(settings.first_failures())
         self._link.start()
+
+    @property
+    def busy(self) -> bool:
+        """Whether anybody waits for an answer."""
+        return bool(self._streams)
+
+    def drain(self) -> None:
+        """Tells the routers that it is about to leave, and takes no more requests."""
+        self.draining = True
+        self._link.drain()
 
     async def stop(self) -> None:
         """Leaves in good order."""

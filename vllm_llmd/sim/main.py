@@ -28,6 +28,7 @@ from vllm_llmd.sim.settings import SimSettings, add_arguments, from_args
 log = logging.getLogger(__name__)
 
 MAX_SOCKETS = 16_000
+DRAIN_POLL_MS = 20
 
 
 def run(settings: SimSettings) -> int:
@@ -49,6 +50,7 @@ async def serve(settings: SimSettings) -> int:
         sys.stdout.flush()
         log.info("%d simulated engines", settings.count)
         await told.wait()
+        await fleet.drain()
     finally:
         await fleet.stop()
     return 0
@@ -83,6 +85,15 @@ class SimFleet:
         """Raises ConfigError if a port is taken; `stop` is due even then."""
         for number in range(self._settings.count):
             self._running.append(await self._start(number))
+
+    async def drain(self) -> None:
+        """Takes no more requests; returns when there are none left, or after `drain_ms`."""
+        for engine in self.engines:
+            engine.drain()
+        for _ in range(0, self._settings.drain_ms, DRAIN_POLL_MS):
+            if not any(engine.busy for engine in self.engines):
+                return
+            await asyncio.sleep(DRAIN_POLL_MS / 1000)
 
     async def stop(self) -> None:
         """Every engine says goodbye."""

@@ -1,10 +1,13 @@
 """OpenAI's answers, whole and as events of a stream. Pure."""
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 from vllm_llmd.sim.asks import Ask
+from vllm_llmd.sim.text import Tokens, detokenize
 
 DONE = b"data: [DONE]\n\n"
 
@@ -16,6 +19,8 @@ class Heading:
     id: str
     created_s: int
     ask: Ask
+    begun: set[int] = field(default_factory=set)
+    """Of a stream, the prompts whose answers have begun."""
 
     @property
     def _is_chat(self) -> bool:
@@ -36,18 +41,27 @@ class Heading:
         """What comes before the first token."""
         if not self._is_chat:
             return []
-        return [self._event([{"index": index, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}])]
+        choice = {"index": index, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
+        return [self._event([choice], {"prompt_token_ids": self._told(self.ask.prompts[index])})]
 
-    def piece(self, index: int, said: str, end: str | None) -> bytes:
+    def piece(self, index: int, tokens: Tokens, end: str | None) -> bytes:
         """Some more of an answer; `end` is why it ends here, if it does."""
-        delta = {"delta": {"content": said}} if self._is_chat else {"text": said}
-        return self._event([{"index": index, **delta, "logprobs": None, "finish_reason": end}])
+        said, ids = detokenize(tokens), {"token_ids": self._told(tokens)}
+        if self._is_chat:
+            return self._event([{"index": index, "delta": {"content": said}, "finish_reason": end, **ids}])
+        prompt = self.ask.prompts[index] if index not in self.begun else None
+        self.begun.add(index)
+        told = {"prompt_token_ids": None if prompt is None else self._told(prompt), **ids}
+        return self._event([{"index": index, "text": said, "logprobs": None, "finish_reason": end, **told}])
+
+    def _told(self, tokens: Tokens) -> list[int] | None:
+        return tokens.tolist() if self.ask.return_token_ids else None
 
     def closing(self, cached_tokens: int) -> bytes:
         """What comes after the last token."""
         if not self.ask.include_usage:
             return DONE
-        return self._event([], self.usage(cached_tokens)) + DONE
+        return self._event([], {"usage": self.usage(cached_tokens)}) + DONE
 
     def usage(self, cached_tokens: int) -> dict[str, Any]:
         prompt, answer = (sum(map(len, tokens)) for tokens in (self.ask.prompts, self.ask.answers))
@@ -58,11 +72,10 @@ class Heading:
             "prompt_tokens_details": {"cached_tokens": cached_tokens},
         }
 
-    def _event(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None = None) -> bytes:
-        said = self._head("chat.completion.chunk" if self._is_chat else "text_completion") | {"choices": choices}
-        if usage is not None:
-            said["usage"] = usage
-        return b"data: " + json.dumps(said).encode() + b"\n\n"
+    def _event(self, choices: list[dict[str, Any]], more: Mapping[str, Any] = MappingProxyType({})) -> bytes:
+        kind = "chat.completion.chunk" if self._is_chat else "text_completion"
+        said = {**self._head(kind), "choices": choices, **more}
+        return b"data: " + json.dumps(said, separators=(",", ":")).encode() + b"\n\n"
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self.id, "object": kind, "created": self.created_s, "model": self.ask.model}

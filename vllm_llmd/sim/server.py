@@ -96,6 +96,8 @@ class SimServer:
     async def _serve(self, http: web.Request, raw: bytes, failure: AnswerFailure) -> web.StreamResponse:
         engine = self._engine
         try:
+            if engine.draining:
+                raise AskError("the engine is draining", None, 503, "ServiceUnavailableError")
             ask = read_ask(PATHS[http.path], json.loads(raw), engine.room)
             objection = engine.orders.admit(ask.kv_transfer_params)
             if objection is not None:
@@ -146,7 +148,7 @@ class SimServer:
             while at < len(answer):
                 more = await stream.more()
                 end = heading.ask.ends[index] if at + more == len(answer) else None
-                piece = heading.piece(index, detokenize(answer[at : at + more]), end)
+                piece = heading.piece(index, answer[at : at + more], end)
                 if not at:
                     piece = b"".join((*heading.opening(index), piece))
                 if not response.prepared:

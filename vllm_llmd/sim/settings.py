@@ -52,6 +52,7 @@ class SimSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     transfer_gbps: float = Speeds().transfer_gb_per_s
     cpu_gbps: float = Speeds().offload_gb_per_s
     speed_up: float = 1.0
+    drain_ms: int = 0
     seed: int = 0
     kv_events_port: int | None = None
     kv_events_form: EventForm = "map"
@@ -67,6 +68,8 @@ class SimSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             port = getattr(self, name)
             if port is not None and not 0 <= port < 65_536:
                 raise ConfigError(f"{name} must be between 0 and 65535; got {port}")
+        if self.drain_ms < 0:
+            raise ConfigError(f"drain_ms must be at least 0; got {self.drain_ms}")
         if not self.speed_up > 0:
             raise ConfigError(f"speed_up must be more than 0; got {self.speed_up}")
         if not self.model:
@@ -136,6 +139,7 @@ _FLAGS: Mapping[str, str] = {
     "transfer_gbps": "GB/s from engine to engine",
     "cpu_gbps": "GB/s from the second tier",
     "speed_up": "how much faster than a real engine's time passes",
+    "drain_ms": "how long requests may take to end on SIGTERM or SIGINT; meanwhile new ones are refused",
     "seed": "decides which messages meet with faults",
     "kv_events_port": "publish vLLM's own KV events on this port, and replay them on the next (default: do not)",
     "kv_events_form": "map as of vLLM 0.32, or array as of releases before",

@@ -2,7 +2,7 @@
 
 A token is four bytes of UTF-8, its id their value, little endian; the last token of a piece of text is filled up with
 zeros. A word of an answer is three letters and a space: one token. So an answer that comes back in the next turn of a
-chat has the tokens that it was made of.
+chat has the tokens that it was made of, and a prompt that ends within an answer is answered with the rest of it.
 """
 
 import hashlib
@@ -15,6 +15,12 @@ import numpy.typing as npt
 
 TOKEN_BYTES: Final = 4
 WORD_LETTERS: Final = b"abcdefghijklmnopqrstuvwxyz"
+
+WORDS: Final = len(WORD_LETTERS) ** 3
+_STEP: Final = 4213
+_SHIFT: Final = 7919
+"""Every word follows every other in the end: `WORDS` is 2**3 * 13**3, `_STEP` one more than a multiple of 52, `_SHIFT`
+odd and no multiple of 13."""
 
 Tokens = npt.NDArray[np.uint32]
 """Token ids, shape (n,)."""
@@ -50,10 +56,26 @@ def _content(message: Mapping[str, Any]) -> str:
 
 def answer_words(prompt: Tokens, most: int) -> Tokens:
     """The first `most` tokens of the one answer to this prompt."""
-    noise = np.frombuffer(hashlib.shake_128(prompt.tobytes()).digest(3 * most), np.uint8).reshape(most, 3)
+    numbers = np.empty(most, np.int64)
+    number = _first_word(prompt)
+    for at in range(most):
+        numbers[at] = number
+        number = (number * _STEP + _SHIFT) % WORDS
     words = np.full((most, TOKEN_BYTES), ord(" "), np.uint8)
-    words[:, :3] = np.frombuffer(WORD_LETTERS, np.uint8)[noise % len(WORD_LETTERS)]
+    for letter in range(3):
+        words[:, letter] = np.frombuffer(WORD_LETTERS, np.uint8)[
+            numbers // len(WORD_LETTERS) ** letter % len(WORD_LETTERS)
+        ]
     return words.view("<u4").reshape(most).astype(np.uint32)
+
+
+def _first_word(prompt: Tokens) -> int:
+    """The number of the word that follows the prompt: after a word the one that comes after it in every answer."""
+    last = int(prompt[-1]).to_bytes(TOKEN_BYTES, "little")
+    if last[3] == ord(" ") and all(letter in WORD_LETTERS for letter in last[:3]):
+        number = sum((last[at] - WORD_LETTERS[0]) * len(WORD_LETTERS) ** at for at in range(3))
+        return (number * _STEP + _SHIFT) % WORDS
+    return int.from_bytes(hashlib.blake2b(prompt.tobytes(), digest_size=8).digest(), "little") % WORDS
 
 
 def answer_length(prompt: Tokens, mean: int) -> int:
