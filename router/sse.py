@@ -34,10 +34,10 @@ class Piece:
 
 
 class Splitter:
-    """Takes chunks in, gives pieces out. An event of more than `event_bytes` is passed on in parts."""
+    """Takes chunks in, gives pieces out. An event of more than `event_bytes` (`EVENT_BYTES`) is passed on in parts."""
 
-    def __init__(self, event_bytes: int = EVENT_BYTES) -> None:
-        self._event_bytes = event_bytes
+    def __init__(self, event_bytes: int | None = None) -> None:
+        self._event_bytes = EVENT_BYTES if event_bytes is None else event_bytes
         self._held = b""
         self._searched = 0
         self._in_parts = False

@@ -45,7 +45,7 @@ class Told:
         self.breaks = 0
         self.failure: str | None = None
         self._traceable = True
-        self._whole = self._finished = False
+        self._whole = self._finished = self._told_usage = False
         self._head: dict[str, Any] = {}
         self._prompt: array[int] = array("I")
         self._tokens: array[int] = array("I")
@@ -119,7 +119,7 @@ class Told:
             self.failure, self._held = "it said so itself", piece.raw
             return b""
         if choice is None:
-            return piece.raw if not self.breaks else self._usage(said)
+            return self._without_choice(piece.raw, said)
         return self._go_on(said, choice) if self._head and self.breaks else self._note(piece.raw, said, choice)
 
     def _note(self, event: bytes, said: dict[str, Any], choice: dict[str, Any]) -> bytes:
@@ -197,6 +197,13 @@ class Told:
                 return None
             self._owed[channel], new[channel] = owed[again:], text[again:]
         return new
+
+    def _without_choice(self, event: bytes, said: dict[str, Any]) -> bytes:
+        """The usage, once."""
+        told, self._told_usage = self._told_usage, self._told_usage or "usage" in said
+        if not self.breaks:
+            return event
+        return b"" if told else self._usage(said)
 
     def _usage(self, said: dict[str, Any]) -> bytes:
         """The event with the usage; what this engine took for prompt, and was answer, is counted as such."""

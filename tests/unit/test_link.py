@@ -240,6 +240,18 @@ def test_close_says_goodbye_and_ends_the_thread(router: BareRouter, start: Start
     link.publish(False, [], names(1))
 
 
+def test_an_engine_about_to_leave_says_so_at_once_and_goes_on_saying_so(router: BareRouter, start: Start) -> None:
+    link = start(router.endpoint)
+    router.receive_a(wire.Hello)
+    router.send(wire.Welcome("r", 60_000))
+    assert router.receive_a(wire.Heartbeat).draining is False
+    link.drain()
+    assert router.receive_a(wire.Heartbeat).draining is True
+    router.send(wire.Welcome("r", 20))
+    assert router.receive_a(wire.Heartbeat).draining is True
+    assert router.receive_a(wire.Heartbeat).draining is True
+
+
 def test_without_a_router_nothing_blocks_and_static_peers_are_members(start: Start) -> None:
     link = start(peers=(OTHER,))
     for number in range(1000):

@@ -148,3 +148,40 @@ def test_nothing_leads_out_of_gone_and_joining_leads_to_ready_by_an_exact_index_
 def test_every_state_can_be_left_for_good() -> None:
     for before, after in itertools.product((State.JOINING, State.READY, State.STALE), (State.GONE,)):
         assert TRANSITIONS[before, Event.LEFT] is after
+
+
+def test_a_drained_engine_is_ready_but_takes_nothing_until_it_is_undrained_or_lives_again(members: Membership) -> None:
+    members.index_exact(A)
+    version = members.version
+    members.drain(A)
+    assert len(members.ready()) == 1 and not members.accepting() and members.version != version
+    members.undrain(A)
+    assert len(members.accepting()) == 1
+    members.drain(A)
+    members.join(msgspec.structs.replace(INFO, epoch=Epoch(2)), 1)
+    members.index_exact(A)
+    assert len(members.accepting()) == 1
+
+
+def test_an_engine_that_says_it_is_leaving_cannot_be_undrained(members: Membership) -> None:
+    members.index_exact(A)
+    members.says_leaving(A, True)
+    members.undrain(A)
+    assert not members.accepting()
+    version = members.version
+    members.says_leaving(A, True)
+    assert members.version == version
+    members.says_leaving(A, False)
+    assert len(members.accepting()) == 1
+
+
+def test_an_engine_has_the_requests_placed_on_it_until_they_end_reported_or_not(members: Membership) -> None:
+    engine = members.get(A)
+    assert engine is not None
+    engine.place("r", Placed(0, 10))
+    engine.place("r", Placed(0, 10))
+    for now_ms in (1, 2, 3):
+        members.reported(A, Load(), now_ms)
+    assert engine.serving == {"r"} and not engine.unreported
+    engine.ended("r")
+    assert not engine.serving

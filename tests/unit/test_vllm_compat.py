@@ -1,8 +1,11 @@
 """What is read of vLLM's command line and events, and what its releases differ in, without an engine."""
 
+import signal
 import subprocess
 import sys
+import threading
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -206,6 +209,32 @@ def test_an_engine_core_of_an_unknown_kind_is_warned_of(
     monkeypatch.setattr("vllm.v1.engine.core.EngineCore", object)
     assert not vllm_compat.on_arrival(lambda: None)
     assert "does not tell of new requests" in log.text
+
+
+@pytest.fixture
+def sigterm() -> Iterator[list[str]]:
+    """What handles SIGTERM notes it here."""
+    heard: list[str] = []
+    former = signal.signal(signal.SIGTERM, lambda number, frame: heard.append("theirs"))
+    yield heard
+    signal.signal(signal.SIGTERM, former)
+
+
+def test_when_the_engine_is_told_to_stop_the_listener_hears_of_it_first(sigterm: list[str]) -> None:
+    vllm_compat.on_told_to_stop(lambda: sigterm.append("ours"))
+    signal.raise_signal(signal.SIGTERM)
+    assert sigterm == ["ours", "theirs"]
+
+
+def test_a_sigterm_that_is_not_handled_by_vllm_is_left_alone(sigterm: list[str]) -> None:
+    theirs = signal.getsignal(signal.SIGTERM)
+    thread = threading.Thread(target=vllm_compat.on_told_to_stop, args=(lambda: None,))
+    thread.start()
+    thread.join()
+    assert signal.getsignal(signal.SIGTERM) is theirs
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    vllm_compat.on_told_to_stop(lambda: None)
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 def connector(groups: int, results: Results) -> tuple[LlmdConnector, list[BlockPoolView]]:

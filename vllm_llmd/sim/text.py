@@ -73,7 +73,8 @@ def _first_word(prompt: Tokens) -> int:
     """The number of the word that follows the prompt: after a word the one that comes after it in every answer."""
     last = int(prompt[-1]).to_bytes(TOKEN_BYTES, "little")
     if last[3] == ord(" ") and all(letter in WORD_LETTERS for letter in last[:3]):
-        number = sum((last[at] - WORD_LETTERS[0]) * len(WORD_LETTERS) ** at for at in range(3))
+        low, middle, high = (letter - WORD_LETTERS[0] for letter in last[:3])
+        number = low + len(WORD_LETTERS) * (middle + len(WORD_LETTERS) * high)
         return (number * _STEP + _SHIFT) % WORDS
     return int.from_bytes(hashlib.blake2b(prompt.tobytes(), digest_size=8).digest(), "little") % WORDS
 
