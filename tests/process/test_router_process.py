@@ -149,7 +149,7 @@ async def test_when_every_attempt_fails_the_engines_own_error_passes_through(sit
     async with site.post(chat("hello")) as response:
         assert response.status == 500
         assert (await response.json())["error"]["message"] == "told to fail"
-    assert sum(len(engine.requests) for engine in engines) == 2
+    assert sum(len(engine.requests) for engine in engines) == 3
 
 
 async def test_a_stream_that_breaks_midway_ends_with_an_error_event(site: Site) -> None:
