@@ -333,6 +333,13 @@ def texts_fleet(directory: Path, collector: Collector) -> dict[str, Any]:
     return {"model": model, "engines": (engine("one"),), "router_flags": ("--tokenizer", str(model.resolve()))}
 
 
+def twins_fleet(directory: Path, collector: Collector) -> dict[str, Any]:
+    """Two engines that do the same, and finish what they have when they are told to stop."""
+    model = MODELS / "smollm2" if (MODELS / "smollm2").exists() else MODELS / "tiny"
+    flags = ("--shutdown-timeout", "60")
+    return {"model": model, "engines": (engine("left"), engine("right")), "engine_flags": flags}
+
+
 FLEETS = {
     "lab": main_fleet,
     "cuts": cuts_fleet,
@@ -340,6 +347,7 @@ FLEETS = {
     "latent": latent_fleet,
     "tiers": tiers_fleet,
     "texts": texts_fleet,
+    "twins": twins_fleet,
 }
 """By the name of the fixture that gives it."""
 
@@ -415,6 +423,11 @@ def latent(labs: Labs) -> Lab:
 @pytest.fixture
 def tiers(labs: Labs) -> Lab:
     return labs.open("tiers")
+
+
+@pytest.fixture
+def twins(labs: Labs) -> Lab:
+    return labs.open("twins")
 
 
 @pytest.fixture
