@@ -53,11 +53,11 @@ class Splitter:
         buffer, begin = self._held + chunk, 0
         if self.between_events:
             begin = self._pass_empty_lines(buffer, 0, pieces)
-        while (end := _EVENT_END.search(buffer, max(begin, self._searched))) is not None:
-            whole = not self._in_parts and end.end() - begin <= self._event_bytes
-            pieces.append(Piece(buffer[begin : end.end()], whole))
+        while (end := _end_of_event(buffer, max(begin, self._searched))) is not None:
+            whole = not self._in_parts and end - begin <= self._event_bytes
+            pieces.append(Piece(buffer[begin:end], whole))
             self._searched, self._in_parts = 0, False
-            begin = self._pass_empty_lines(buffer, end.end(), pieces)
+            begin = self._pass_empty_lines(buffer, end, pieces)
         if self._in_parts or len(buffer) - begin > self._event_bytes:
             pieces.append(Piece(buffer[begin:-_BEFORE_END], whole=False))
             begin, self._in_parts = max(len(buffer) - _BEFORE_END, begin), True
@@ -80,7 +80,17 @@ class Splitter:
         return held
 
 
+def _end_of_event(buffer: bytes, begin: int) -> int | None:
+    if b"\r" in buffer:
+        found = _EVENT_END.search(buffer, begin)
+        return None if found is None else found.end()
+    at = buffer.find(b"\n\n", begin)
+    return None if at < 0 else at + 2
+
+
 def data_of(event: bytes) -> bytes:
     """The event's data: its `data` lines, put together as the standard says."""
+    if event.startswith(b"data:") and event.find(b"\n") == len(event) - 2 and b"\r" not in event:
+        return event[5:-2].removeprefix(b" ")
     lines = (line[5:] for line in _LINE.split(event) if line.startswith(b"data:"))
     return b"\n".join(line.removeprefix(b" ") for line in lines)
