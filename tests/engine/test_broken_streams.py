@@ -2,6 +2,7 @@
 
 import json
 import signal
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,12 +13,12 @@ TEXT = "Write about prefix caches — 日本語も — with an emoji 🎉 in eve
 
 
 @pytest.fixture
-def both(twins) -> Any:
-    """The fleet, whole again after a test has killed an engine."""
+def both(twins) -> Iterator[Any]:
+    """The fleet, made whole again after a test has ended an engine."""
+    yield twins
     for engine in twins.fleet.engines:
         if not engine.process.running:
             twins.fleet.start_engine(engine.spec.id)
-    return twins
 
 
 def body_of(path: str, **more: Any) -> dict[str, Any]:
