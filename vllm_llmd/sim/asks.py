@@ -48,10 +48,10 @@ class Ask:
     ends: list[str]
     stream: bool
     include_usage: bool
-    return_token_ids: bool
     cache_salt: str | None
     priority: int
     kv_transfer_params: Mapping[str, Any] | None
+    return_token_ids: bool = False
 
 
 def read_ask(kind: Kind, body: Any, room: Room) -> Ask:
