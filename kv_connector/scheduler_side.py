@@ -98,6 +98,7 @@ class SchedulerSide:
             geometry=facts.geometry,
             priorities=facts.priorities,
             adapters=list(facts.adapters),
+            max_sequences=facts.max_sequences,
         )
         self._ranks = OwnRanks(ranks)
         link = LinkSettings(info, settings.routers, self.read_load, tuple(settings.peers), self._ranks.members_changed)

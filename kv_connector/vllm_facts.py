@@ -56,6 +56,7 @@ class EngineFacts:
     prefix_caching: bool
     priorities: bool
     fingerprint: str
+    max_sequences: int | None = None
 
     @property
     def layer_masks(self) -> tuple[int, ...]:
@@ -96,6 +97,7 @@ def read_facts(config: Any, kv_cache: Any, settings: EngineSettings) -> EngineFa
         prefix_caching=bool(config.cache_config.enable_prefix_caching),
         priorities=config.scheduler_config.policy == "priority",
         fingerprint=_fingerprint(config, kv_cache, settings),
+        max_sequences=config.scheduler_config.max_num_seqs,
     )
     logger.info("llmd geometry of %s: %s", facts.id, geometry)
     return facts

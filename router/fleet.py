@@ -315,13 +315,25 @@ class Fleet:
         """Takes in what the engine has found; `kind` names the kind of answer that says so."""
         return self.truth.compare(prediction, kind, usage, self._clock.now_ms())
 
+    def answering(self, request: str, decision: Decision) -> None:
+        """The answer has begun: the prompt is computed."""
+        for engine in self._parties(decision):
+            engine.answering(request)
+
     def done(self, request: str, decision: Decision) -> None:
         """The request has ended, well or not."""
         self.health.ended(decision.destination, request)
-        for engine_id in (decision.destination, decision.source):
-            engine = None if engine_id is None else self.membership.get(engine_id)
-            if engine is not None:
-                engine.ended(request)
+        for engine in self._parties(decision):
+            engine.ended(request)
+
+    def _parties(self, decision: Decision) -> list[Engine]:
+        ids = (decision.destination, decision.source)
+        known = (None if engine_id is None else self.membership.get(engine_id) for engine_id in ids)
+        return [engine for engine in known if engine is not None]
+
+    def roster(self, model: str | None) -> Roster:
+        """Every ready engine that serves the model."""
+        return self._roster(model, ())[0]
 
     def verify(self, engine: EngineId) -> None:
         """Asks the engine, with the next tick, what it holds, to compare the index with; the answer is its verdict."""

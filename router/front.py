@@ -24,6 +24,7 @@ from vllm_llmd.router.decide import Decision, decide
 from vllm_llmd.router.exact import Exact
 from vllm_llmd.router.failover import Way, way_to_continue
 from vllm_llmd.router.fleet import Fleet
+from vllm_llmd.router.flow import Arrival
 from vllm_llmd.router.membership import Engine
 from vllm_llmd.router.observe import Metrics
 from vllm_llmd.router.outliers import Shape
@@ -31,11 +32,13 @@ from vllm_llmd.router.policy import PolicySettings
 from vllm_llmd.router.request import Facts, Kind, RequestError, read_facts, skim
 from vllm_llmd.router.retries import RetryBudget, pause_ms
 from vllm_llmd.router.settings import RouterSettings
+from vllm_llmd.router.slo import Wish, read_wish
 from vllm_llmd.router.text_index import Chunks
 from vllm_llmd.router.told import Told
 from vllm_llmd.router.truth import Prediction
 from vllm_llmd.router.upstream import Answer, Attempt, Failure
 from vllm_llmd.router.usage import Meter, Unasked
+from vllm_llmd.router.waiting_room import WaitingRoom
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +61,7 @@ class Call:
     chunks: Chunks
     began_ms: float
     asking: tuple[bytes, Mapping[str, Any]] | None
+    wish: Wish
     way: Way | None
     begun: Begun | None = None
     tried: list[EngineId] = field(default_factory=list)
@@ -72,6 +76,7 @@ class Front:
     """Handlers for the OpenAI endpoints."""
 
     def __init__(self, settings: RouterSettings, fleet: Fleet, metrics: Metrics, clock: Clock, life: str) -> None:
+        self._settings = settings
         self._fleet = fleet
         self._metrics = metrics
         self._clock = clock
@@ -84,7 +89,7 @@ class Front:
         self._retries = RetryBudget(settings.retry_percent)
         self._rng = random.Random()
         self._exact = Exact(settings, fleet.agreement, metrics)
-        self._connect_timeout_ms = settings.connect_timeout_ms
+        self._room = WaitingRoom(settings, fleet, metrics, clock)
         self._session: aiohttp.ClientSession | None = None
 
     def add_routes(self, app: web.Application) -> None:
@@ -92,11 +97,15 @@ class Front:
             app.router.add_post(path, self._completions)
         app.router.add_get("/v1/models", self._models)
         app.cleanup_ctx.append(self._keep_session)
+        app.on_shutdown.append(self._close_room)
 
     async def _keep_session(self, _: web.Application) -> Any:
-        self._session = upstream.open_session(self._connect_timeout_ms)
+        self._session = upstream.open_session(self._settings.connect_timeout_ms)
         yield
         await self._session.close()
+
+    async def _close_room(self, _: web.Application) -> None:
+        await self._room.close()
 
     async def _models(self, _: web.Request) -> web.Response:
         longest: dict[str, int] = {}
@@ -119,6 +128,7 @@ class Front:
         began_ms = self._clock.now_ms()
         raw = await http.read()
         try:
+            wish = read_wish(http.headers.items(), self._settings.objective or {})
             body, long = skim(raw)
             facts = await self._exact.facts(read_facts(PATHS[http.path], body, long), PATHS[http.path], raw)
         except RequestError as error:
@@ -128,11 +138,12 @@ class Front:
         request = f"{self._life}-{next(self._numbers)}"
         asking = rewrite.asking_for_usage(raw, body)
         way = way_to_continue(PATHS[http.path], body, facts) if self._continuations else None
-        call = Call(request, http, raw, body, facts, self._fleet.cut(facts), began_ms, asking, way)
+        call = Call(request, http, raw, body, facts, self._fleet.cut(facts), began_ms, asking, wish, way)
         self._retries.began()
         with self._metrics.inflight.track_inprogress():
             try:
-                return await self._serve(call)
+                refusal = await self._refused(call)
+                return await self._serve(call) if refusal is None else refusal
             except asyncio.CancelledError:
                 self._metrics.cancelled.inc()
                 raise
@@ -141,6 +152,25 @@ class Front:
                 return web.Response(status=499)
             finally:
                 self._retries.ended(self._clock.now_ms())
+
+    async def _refused(self, call: Call) -> web.StreamResponse | None:
+        """Waits until an engine may have room. The answer, if the request cannot be served."""
+        facts, longest = call.facts, call.body.get("max_completion_tokens") or call.body.get("max_tokens")
+        pool = facts.model, facts.prompt_tokens >= self._settings.min_remote_tokens
+        arrival = Arrival(
+            id=call.id,
+            pool=pool,
+            prompt_tokens=facts.prompt_tokens,
+            max_tokens=longest if isinstance(longest, int) and longest > 0 else None,
+            size_bytes=len(call.raw),
+            arrived_ms=self._clock.now_ms(),
+        )
+        shed = await self._room.admit(arrival, call.wish)
+        if shed is None:
+            return None
+        response = replies.shed(shed.reason, self._room.retry_after_s())
+        self._metrics.requests.labels("", response.status).inc()
+        return response
 
     async def _serve(self, call: Call) -> web.StreamResponse:
         failure: Failure | None = None
@@ -192,6 +222,8 @@ class Front:
                 if isinstance(answer, Failure):
                     return answer
                 if asking is None or not answer.refuses(rewrite.STREAM_OPTIONS):
+                    self._fleet.answering(call.id, decision)
+                    self._room.look(decision.destination, decision.source)
                     self._answered(engine, answer, shape, sent_ms)
                     if call.begun is not None:
                         return await self._go_on(call, call.begun, engine, answer)
@@ -202,6 +234,7 @@ class Front:
                 engine.takes_stream_options = False
         finally:
             self._fleet.done(call.id, decision)
+            self._room.look(decision.destination, decision.source)
         return await self._attempt(call, decision)
 
     def _answered(self, engine: Engine, answer: Answer, shape: Shape, sent_ms: float) -> None:
@@ -304,6 +337,8 @@ def _attempt_at(
 ) -> Attempt:
     """What an engine is sent. One without our plugin gets no hint: it would not understand it."""
     raw, body = asking or (call.raw, call.body)
+    if engine.info.priorities:
+        raw, body = rewrite.with_priority(raw, body, call.wish.priority)
     traced = call.way is not None and engine.stock is None
     if traced:
         raw = rewrite.asking_for_token_ids(raw, body)

@@ -14,6 +14,7 @@ from typing import Final, Literal
 import msgspec
 
 from vllm_llmd.names import EngineId, Epoch
+from vllm_llmd.router.occupancy import Occupancy
 from vllm_llmd.wire import EngineInfo, Load
 
 
@@ -96,6 +97,7 @@ class Engine:
     stamp: bytes | None = None
     """What `usage.Unasked` has learnt from its streams."""
     takes_stream_options: bool = True
+    occupancy: Occupancy = field(default_factory=Occupancy)
     cached_blocks: int = 0
     row: bytes = b""
 
@@ -111,14 +113,23 @@ class Engine:
         """Counts a request that this router sends to it until its own report does."""
         self.ended(request)
         self.serving.add(request)
+        self.occupancy.reported(self.load_at_ms)
+        self.occupancy.sent(request, placed.prefill_tokens)
         self.unreported[request] = placed
         self.requests_ahead += 1
         self.tokens_ahead += placed.prefill_tokens
         self._write_row()
 
+    def answering(self, request: str) -> None:
+        """The request's answer has begun."""
+        self.occupancy.reported(self.load_at_ms)
+        self.occupancy.answering(request)
+
     def ended(self, request: str) -> None:
         """The request is over, reported or not."""
         self.serving.discard(request)
+        self.occupancy.reported(self.load_at_ms)
+        self.occupancy.ended(request)
         placed = self.unreported.pop(request, None)
         if placed is not None:
             self.requests_ahead -= 1

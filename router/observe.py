@@ -2,7 +2,9 @@
 
 from collections import Counter as Tally
 from collections.abc import Iterator
+from functools import partial
 from itertools import product
+from typing import Literal, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -10,6 +12,7 @@ from prometheus_client.registry import Collector
 
 from vllm_llmd.names import TIERS
 from vllm_llmd.router.fleet import Fleet
+from vllm_llmd.router.flow import Flow
 from vllm_llmd.router.health import Circuit
 from vllm_llmd.router.membership import State
 from vllm_llmd.router.truth import Trust
@@ -19,7 +22,15 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _ERROR_BUCKETS = (-16_384, -4096, -1024, -256, -64, -1, 0, 64, 256, 1024, 4096, 16_384)
 """What is between -1 and 0 was predicted exactly."""
 
+Band = Literal["best_effort", "normal", "high"]
+"""Priorities below, at and above 0: as many as clients may name would make too many series."""
+
 _TTFT_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+
+
+def band(priority: int) -> Band:
+    """How a priority is labelled."""
+    return "normal" if not priority else "high" if priority > 0 else "best_effort"
 
 
 class _FleetCollector(Collector):
@@ -103,6 +114,10 @@ class _FleetCollector(Collector):
         yield opened
 
 
+def _queued(flow: Flow, label: Band) -> float:
+    return sum(count for priority, count in flow.by_priority().items() if band(priority) == label)
+
+
 class Metrics:
     """Every counter that the router's edges raise."""
 
@@ -156,6 +171,25 @@ class Metrics:
         self.cancelled = Counter(
             "vllm_llmd_cancelled_requests", "Requests whose client went away", registry=self._registry
         )
+        self.queue_wait_seconds = Histogram(
+            "vllm_llmd_queue_wait_seconds",
+            "How long requests that had to wait in the router did so before they were sent to an engine",
+            ["band"],
+            buckets=_TTFT_BUCKETS,
+            registry=self._registry,
+        )
+        self.shed = Counter(
+            "vllm_llmd_shed_requests",
+            "Requests refused, or sent away from the queue",
+            ["band", "reason"],
+            registry=self._registry,
+        )
+        self._queued = Gauge(
+            "vllm_llmd_queued_requests", "Requests that wait in the router", ["band"], registry=self._registry
+        )
+        self._queued_bytes = Gauge(
+            "vllm_llmd_queued_bytes", "Bytes of bodies that wait in the router", registry=self._registry
+        )
         self.exact_prompts = Counter(
             "vllm_llmd_exact_prompts",
             "Prompts given as text that were to be tokenized",
@@ -168,6 +202,12 @@ class Metrics:
         self.wire_errors = Counter(
             "vllm_llmd_wire_errors", "Messages that could not be used", ["kind"], registry=self._registry
         )
+
+    def watch_queue(self, flow: Flow) -> None:
+        """Exposes who waits in it."""
+        for label in get_args(Band):
+            self._queued.labels(label).set_function(partial(_queued, flow, label))
+        self._queued_bytes.set_function(lambda: flow.size_bytes)
 
     def add(self, collector: Collector) -> None:
         """Exposes more."""

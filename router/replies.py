@@ -5,6 +5,10 @@ from typing import Any, Final
 
 from aiohttp import web
 
+from vllm_llmd.router.flow import Reason
+
+REASON_HEADER: Final = "x-llmd-reason"
+
 RETRY_AFTER_S: Final = 1
 
 
@@ -20,6 +24,24 @@ def error(status: int, text: str, code: str | None = None, param: str | None = N
         response.headers["Retry-After"] = str(RETRY_AFTER_S)
     if status == 401:
         response.headers["WWW-Authenticate"] = "Bearer"
+    return response
+
+
+_SHED: Final[dict[Reason, tuple[int, str, str]]] = {
+    "queue-full": (429, "rejected-saturated", "Every engine is saturated and the queue is full: try again later."),
+    "displaced": (429, "rejected-saturated", "The queue is full and others had to go first: try again later."),
+    "expired": (503, "rejected-ttl-expired", "No engine was free for as long as the request could wait."),
+    "shutting-down": (503, "rejected-shutting-down", "The router is shutting down: ask another."),
+}
+
+
+def shed(reason: Reason, retry_after_s: int) -> web.Response:
+    """The request was refused, or waited in vain. No engine has seen it. Says why in our header and in llm-d's."""
+    status, llm_d, text = _SHED[reason]
+    response = error(status, text, reason.replace("-", "_"))
+    response.headers["Retry-After"] = str(retry_after_s)
+    response.headers[REASON_HEADER] = reason
+    response.headers["x-llm-d-request-dropped-reason"] = llm_d
     return response
 
 

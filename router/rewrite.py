@@ -12,6 +12,7 @@ from vllm_llmd.router.request import parse_body
 HINT_KEY: Final = "kv_transfer_params"
 STREAM_OPTIONS: Final = "stream_options"
 TOKEN_IDS: Final = "return_token_ids"
+PRIORITY: Final = "priority"
 RANK_HEADER: Final = "X-data-parallel-rank"
 
 _XARGS: Final = "vllm_xargs"
@@ -75,6 +76,16 @@ def asking_for_token_ids(raw: bytes, body: Mapping[str, Any]) -> bytes:
     if TOKEN_IDS in body:
         return json.dumps({**parse_body(raw), TOKEN_IDS: True}).encode()
     return _with_member(raw, body, TOKEN_IDS, value=True)
+
+
+def with_priority(raw: bytes, body: Mapping[str, Any], priority: int) -> "tuple[bytes, Mapping[str, Any]]":
+    """The request, raw and parsed, with a priority as vLLM understands it, where less is more urgent.
+
+    What the client itself has put there stays.
+    """
+    if PRIORITY in body or not priority:
+        return raw, body
+    return _with_member(raw, body, PRIORITY, -priority), {**body, PRIORITY: -priority}
 
 
 def uncompressed(headers: Headers) -> Headers:

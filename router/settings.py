@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import msgspec
 
 from vllm_llmd.errors import ConfigError
-from vllm_llmd.router import stock_settings
+from vllm_llmd.router import slo, stock_settings
 from vllm_llmd.router.stock_settings import StockEngine
 
 API_KEY_VARIABLE = "VLLM_LLMD_API_KEY"
@@ -22,7 +22,12 @@ _AT_LEAST_1 = (
     "text_chunks",
     "index_blocks",
     "tokenizer_wait_ms",
+    "engine_requests",
+    "engine_prefill_tokens",
+    "queue_bytes",
+    "queue_ttl_ms",
 )
+_AT_LEAST_0 = ("engine_queue", "queue_requests", "retry_percent", "continuations")
 
 
 class RouterSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -48,6 +53,14 @@ class RouterSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     index_blocks: int = 4_000_000
     tokenizer: str | None = None
     tokenizer_wait_ms: int = 100
+    engine_queue: int = 8
+    engine_requests: int = 256
+    engine_prefill_tokens: int = 65_536
+    queue_requests: int = 1024
+    queue_bytes: int = 256 << 20
+    queue_ttl_ms: int = 60_000
+    objective: Mapping[str, int] | None = None
+    tenant_weight: Mapping[str, float] | None = None
     api_key: str | None = None
     stock_engine: tuple[StockEngine, ...] | None = None
 
@@ -55,7 +68,7 @@ class RouterSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         for name in _AT_LEAST_1:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1; got {getattr(self, name)}")
-        for name in ("retry_percent", "continuations"):
+        for name in _AT_LEAST_0:
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must be at least 0; got {getattr(self, name)}")
         if not 0 <= self.port < 65_536:
@@ -94,12 +107,20 @@ _FLAGS: Mapping[str, str] = {
     "index_blocks": "different blocks that each 64 engines may hold in a tier, up to 40 bytes of memory each",
     "tokenizer": "model directory, or MODEL=DIR,MODEL=DIR, to tokenize prompts with; needs vllm-llmd[exact]",
     "tokenizer_wait_ms": "how long a request waits for its token ids before it does without",
+    "engine_queue": "requests that may wait in an engine, beyond those it runs, before others wait in the router",
+    "engine_requests": "requests that an engine is taken to run at a time, if it does not say",
+    "engine_prefill_tokens": "prompt tokens that an engine may have to compute before requests wait in the router",
+    "queue_requests": "requests that may wait in the router; more are refused",
+    "queue_bytes": "bytes of bodies that may wait in the router; more are refused",
+    "queue_ttl_ms": "how long a request may wait in the router; a client may ask for less",
+    "objective": "NAME=PRIORITY, for clients that send llm-d's x-llm-d-inference-objective; may be repeated",
+    "tenant_weight": "TENANT=WEIGHT, its share among those that wait, 1 by default; may be repeated",
     "api_key": f"clients must send it as bearer token; also read from {API_KEY_VARIABLE}",
     "stock_engine": "an engine without our plugin, as http=URL,events=tcp://HOST:PORT; may be repeated",
 }
 
 
-_REPEATED = ("stock_engine",)
+_REPEATED = ("stock_engine", "objective", "tenant_weight")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -115,5 +136,7 @@ def from_args(args: argparse.Namespace, environ: Mapping[str, str] = os.environ)
     """The settings that parsed flags give. Raises ConfigError for one out of range."""
     values = {name: getattr(args, name) for name in _FLAGS}
     values["stock_engine"] = tuple(map(stock_settings.parse, values["stock_engine"] or ())) or None
+    values["objective"] = slo.read_objectives(values["objective"] or ()) or None
+    values["tenant_weight"] = slo.read_weights(values["tenant_weight"] or ()) or None
     values["api_key"] = values["api_key"] or environ.get(API_KEY_VARIABLE) or None
     return RouterSettings(**values)

@@ -57,7 +57,7 @@ class EngineInfo(Record, frozen=True):
     `http` is the base URL of its OpenAI API; `workers` are the ZeroMQ endpoints of its worker ranks, in rank order.
     `fingerprint` is equal on two engines exactly when their caches hold the same values; `geometry` says how each cuts
     them up. `priorities` tells whether it schedules by priority. `models` are names of its base model, `adapters` those
-    of the adapters that it can serve on top.
+    of the adapters that it can serve on top. `max_sequences` is how many requests it runs at a time.
     """
 
     id: EngineId
@@ -74,6 +74,7 @@ class EngineInfo(Record, frozen=True):
     geometry: Geometry = Geometry()
     priorities: bool = False
     adapters: list[str] = []
+    max_sequences: int | None = None
 
     def serves(self, model: str | None) -> bool:
         """Whether a request for `model`, or for no model by name, is for this engine."""

@@ -19,7 +19,7 @@ def test_no_flags_give_the_defaults() -> None:
 
 @pytest.mark.parametrize("setting", msgspec.structs.fields(RouterSettings), ids=lambda setting: setting.name)
 def test_every_setting_has_a_flag(setting: msgspec.structs.FieldInfo) -> None:
-    if setting.name == "stock_engine":
+    if setting.name in ("stock_engine", "objective", "tenant_weight"):
         pytest.skip("is not taken as it comes")
     value = setting.default + 1 if setting.type is int else "x"
     flag = "--" + setting.name.replace("_", "-")
@@ -39,8 +39,17 @@ def test_the_api_key_comes_from_the_environment_unless_a_flag_gives_it() -> None
         (("--heartbeat-ms", "0"), "heartbeat_ms"),
         (("--stale-after-ms", "500"), "stale_after_ms"),
         (("--gone-after-ms", "3000"), "gone_after_ms"),
+        (("--engine-queue", "-1"), "engine_queue"),
+        (("--queue-bytes", "0"), "queue_bytes"),
+        (("--objective", "batch"), "objective"),
+        (("--tenant-weight", "gold=0"), "tenant_weight"),
     ],
 )
 def test_a_setting_out_of_range_is_named(flags: tuple[str, ...], named: str) -> None:
     with pytest.raises(ConfigError, match=f"^{named} "):
         parsed(*flags)
+
+
+def test_objectives_and_weights_may_be_repeated() -> None:
+    settings = parsed("--objective", "batch=-1", "--objective", "live=5", "--tenant-weight", "gold=2")
+    assert (settings.objective, settings.tenant_weight) == ({"batch": -1, "live": 5}, {"gold": 2.0})

@@ -1,3 +1,4 @@
+from types import NoneType, UnionType
 from typing import Any, get_args
 
 import msgspec
@@ -43,6 +44,8 @@ def from_type(kind: Any) -> st.SearchStrategy[Any]:
     origin, args = getattr(kind, "__origin__", None), get_args(kind)
     if origin is list:
         return st.lists(from_type(args[0]), max_size=4)
+    if isinstance(kind, UnionType):
+        return st.one_of(*(st.none() if arg is NoneType else from_type(arg) for arg in args))
     if origin is dict:
         return st.dictionaries(from_type(args[0]), from_type(args[1]), max_size=3)
     return st.sampled_from(args)  # a Literal

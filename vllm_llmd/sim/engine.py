@@ -102,6 +102,7 @@ class SimEngine:
             labels={"simulated": "yes"},
             geometry=Geometry(groups=[GroupShape(settings.block_size, 1)]),
             priorities=settings.policy == "priority",
+            max_sequences=settings.max_sequences,
         )
         link = LinkSettings(self.info, settings.router, lambda: self._load)
         self._link = EngineLink(link, sockets=self.wire)

@@ -58,6 +58,8 @@ class FakeSettings:
     block_size: int = 16
     fingerprint: str = "fake"
     port: int = 0
+    max_sequences: int | None = None
+    priorities: bool = False
 
 
 @dataclass
@@ -65,7 +67,7 @@ class FakeEngine:
     """`held` is the truth that a router's index must come to equal; change it through `publish`.
 
     Of what is held, `honest_share` is found by requests; with less than 1 the engine lies. `details`: whether it says
-    how much of a prompt was cached.
+    how much of a prompt was cached. With a `turnstile`, it answers as many requests as that lets through.
     """
 
     settings: FakeSettings
@@ -78,6 +80,7 @@ class FakeEngine:
     cancelled: int = 0
     honest_share: float = 1.0
     details: bool = True
+    turnstile: asyncio.Semaphore | None = None
 
     async def start(self) -> "FakeEngine":
         app = web.Application(client_max_size=1 << 30)
@@ -97,6 +100,8 @@ class FakeEngine:
             max_model_len=4096,
             fingerprint=self.settings.fingerprint,
             workers=[],
+            priorities=self.settings.priorities,
+            max_sequences=self.settings.max_sequences,
         )
         self.link = EngineLink(LinkSettings(self.info, self.settings.routers, lambda: self.load))
         self.link.start()
@@ -127,6 +132,8 @@ class FakeEngine:
         received = Received(request.path, _lower(request.headers), await request.read())
         self.requests.append(received)
         try:
+            if self.turnstile is not None:
+                await self.turnstile.acquire()
             return await self._behave(request, received)
         except asyncio.CancelledError:
             self.cancelled += 1
