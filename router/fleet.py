@@ -26,6 +26,7 @@ from vllm_llmd.router.health import Health
 from vllm_llmd.router.membership import Engine, Membership, Placed, State, Stock
 from vllm_llmd.router.prefix_index import NO_NAMES, Difference, PrefixIndex, unpacked, unpacked_tiers
 from vllm_llmd.router.request import Facts
+from vllm_llmd.router.sessions import Sessions
 from vllm_llmd.router.settings import RouterSettings
 from vllm_llmd.router.text_index import Chunks, TextIndex
 from vllm_llmd.router.truth import By, Error, Prediction, Truth
@@ -75,6 +76,7 @@ class Fleet:
         self.membership = Membership(settings.stale_after_ms, settings.gone_after_ms)
         self.index = PrefixIndex(settings.index_blocks)
         self.health = Health()
+        self.sessions = Sessions()
         self.texts = TextIndex(settings.text_chunks)
         self.truth = Truth()
         self.agreement = Agreement()
@@ -277,7 +279,9 @@ class Fleet:
         """The request's text as the text index knows it."""
         return text_index.cut(facts, self._settings.text_chunk_bytes)
 
-    def candidates(self, facts: Facts, chunks: Chunks, tried: Sequence[EngineId] = ()) -> Candidates:
+    def candidates(
+        self, facts: Facts, chunks: Chunks, tried: Sequence[EngineId] = (), session: str | None = None
+    ) -> Candidates:
         """Every ready engine that serves the model and was not tried yet, with what it has cached of the prompt."""
         roster, places = self._roster(facts.model, tried)
         prefix_blocks, on_gpu = np.zeros((2, len(places)), np.int64)
@@ -287,6 +291,8 @@ class Fleet:
             prefix_blocks[among], on_gpu[among] = depths.with_offloaded_at(places[among]), depths.at(places[among])
         believed = self.truth.believed((engine.info.id for engine in roster.engines), prefix_blocks)
         offloaded = np.maximum(believed - on_gpu, 0)
+        if session is not None:
+            believed = self.sessions.supposed(session, roster, facts.prompt_tokens, believed)
         return Candidates(roster, believed, offloaded, prefix_blocks, Loads.of(roster.engines))
 
     def place(self, request: str, decision: Decision, chunks: Chunks) -> None:

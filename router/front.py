@@ -31,6 +31,7 @@ from vllm_llmd.router.outliers import Shape
 from vllm_llmd.router.policy import PolicySettings
 from vllm_llmd.router.request import Facts, Kind, RequestError, read_facts, skim
 from vllm_llmd.router.retries import RetryBudget, pause_ms
+from vllm_llmd.router.sessions import Last, read_session
 from vllm_llmd.router.settings import RouterSettings
 from vllm_llmd.router.slo import Wish, read_wish
 from vllm_llmd.router.text_index import Chunks
@@ -63,6 +64,7 @@ class Call:
     asking: tuple[bytes, Mapping[str, Any]] | None
     wish: Wish
     way: Way | None
+    session: str | None = None
     begun: Begun | None = None
     tried: list[EngineId] = field(default_factory=list)
 
@@ -139,6 +141,7 @@ class Front:
         asking = rewrite.asking_for_usage(raw, body)
         way = way_to_continue(PATHS[http.path], body, facts) if self._continuations else None
         call = Call(request, http, raw, body, facts, self._fleet.cut(facts), began_ms, asking, wish, way)
+        call.session = read_session(http.headers.items())
         self._retries.began()
         with self._metrics.inflight.track_inprogress():
             try:
@@ -177,7 +180,7 @@ class Front:
         while len(call.tried) < self._attempts + call.breaks:
             if failure is not None:
                 await asyncio.sleep(pause_ms(len(call.tried), self._rng) / 1000)
-            candidates = self._fleet.candidates(call.facts, call.chunks, self._spared(call))
+            candidates = self._fleet.candidates(call.facts, call.chunks, self._spared(call), call.session)
             decision = decide(call.facts, candidates, self._policy)
             if decision is None or (failure is not None and not self._may_retry()):
                 break
@@ -229,6 +232,7 @@ class Front:
                         return await self._go_on(call, call.begun, engine, answer)
                     call.begun = begun = await self._begin(call, engine, answer, asking is not None)
                     outcome = await self._relay(call, begun, engine.info.id, answer)
+                    self._remember(call, engine, answer, begun.meter)
                     self._compare(engine, prediction, f"{call.http.path} {answer.is_stream}", begun.meter)
                     return outcome
                 engine.takes_stream_options = False
@@ -313,6 +317,12 @@ class Front:
         error = self._fleet.observed(prediction, kind, meter.usage)
         if error is not None:
             self._metrics.prediction_error_tokens.labels(error.engine, error.by).observe(error.tokens)
+
+    def _remember(self, call: Call, engine: Engine, answer: Answer, meter: Meter) -> None:
+        """Where the session's KV is now."""
+        if call.session is not None and answer.status == 200:
+            tokens = call.facts.prompt_tokens if meter.usage is None else meter.usage.prompt_tokens
+            self._fleet.sessions.went(call.session, Last(engine.info.id, engine.info.epoch, tokens))
 
     def _count(self, decision: Decision, block_size: int) -> None:
         self._metrics.predicted_cached_tokens.inc(decision.predicted_blocks * block_size)

@@ -90,6 +90,9 @@ class _FleetCollector(Collector):
             names.add_metric([result], count)
         yield names
         yield GaugeMetricFamily(
+            "vllm_llmd_sessions", "Sessions named by clients and remembered", value=float(len(self._fleet.sessions))
+        )
+        yield GaugeMetricFamily(
             "vllm_llmd_text_chunks", "Entries in the text index", value=float(len(self._fleet.texts))
         )
 

@@ -207,6 +207,22 @@ async def test_the_same_text_goes_to_the_engine_that_has_it_cached(site: Site) -
         assert response.headers["X-Fake-Engine"] != home
 
 
+async def test_a_session_that_the_client_names_goes_back_to_where_it_was(site: Site) -> None:
+    one, two = await site.engine("a"), await site.engine("b")
+    await site.ready(one, two)
+    mine, other = {"X-LLMD-Session": "mine"}, {"X-LLMD-Session": "other"}
+    async with site.post(chat(LONG), headers=mine) as response:
+        home = response.headers["X-Fake-Engine"]
+    engine = one if home == "a" else two
+    engine.load = wire.Load(waiting=100)
+    await until(site.admin_engines, lambda engines: any(engine["load"]["waiting"] for engine in engines))
+    for headers, same in ((mine, True), (other, False), ({}, False), (mine, True)):
+        async with site.post(chat(f"a long text of another kind {same} {headers} " * 30), headers=headers) as response:
+            assert (response.headers["X-Fake-Engine"] == home) is same
+    assert "x-llmd-session" not in engine.requests[0].headers
+    assert await site.metric("vllm_llmd_sessions") == 2
+
+
 async def test_token_prompts_match_exactly_from_the_first_request(site: Site) -> None:
     one, two = await site.engine("a"), await site.engine("b")
     tokens = list(range(100))

@@ -76,6 +76,7 @@ PURE = (
     "router/health.py",
     "router/outliers.py",
     "router/retries.py",
+    "router/sessions.py",
     "router/told.py",
     "router/stock_report.py",
     "router/stock_sequence.py",
