@@ -39,6 +39,10 @@ class Routing:
             self._fleet.place(request, decision, self._no_text)
         return decision
 
+    def answering(self, request: str, decision: Decision) -> None:
+        """The first token has come."""
+        self._fleet.answering(request, decision)
+
     def done(self, request: str, decision: Decision) -> None:
         """The answer has ended."""
         self._fleet.done(request, decision)

@@ -155,6 +155,7 @@ class Simulation:
                 outcome.last_ms = now_ms
                 if outcome.first_ms is None:
                     outcome.first_ms = now_ms
+                    self._routing.answering(request.id, asked.decision)
         for request in report.finished:
             order = self._orders.get(request.id)
             if order is not None:
