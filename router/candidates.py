@@ -5,12 +5,15 @@ A roster is what does not depend on the request; it is made once for as long as 
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
 from vllm_llmd.names import EngineId
 from vllm_llmd.router.membership import LOAD_COLUMNS, Engine
+from vllm_llmd.router.rates import RATE_COLUMNS
 from vllm_llmd.wire import EngineInfo
 
 Places = npt.NDArray[np.intp]
@@ -22,12 +25,35 @@ Column = npt.NDArray[np.float64]
 Milliseconds = Column
 Shape = tuple[int, str | None]
 
+OUTPUT_TOKENS: Final = 128.0
+"""Prior for the length of an answer: some paragraphs, the mean of chats in published traces within a factor of two."""
+
+REUSE: Final = 0.1
+"""Prior for the share of cached blocks that are wanted again: most of what is evicted was used once."""
+
+
+NOBODY: Final[Places] = np.empty(0, np.intp)
+
+
+@dataclass(frozen=True, eq=False)
+class Remotes:
+    """Engines with a link to us whose caches hold the same values: each may read what another of them has."""
+
+    decoders: Places
+    prefillers: Places
+    everyone: Places
+
+    def helped(self, decodes_only: "npt.NDArray[np.bool_]") -> Places:
+        """Who only decodes, if there is somebody to prefill."""
+        return self.decoders[decodes_only[self.decoders]] if len(self.prefillers) else NOBODY
+
 
 @dataclass(frozen=True, eq=False)
 class Roster:
     """`decoders` may decode: who has a role for it, or everyone if nobody has. `prefillers` prefill for others.
 
-    `kinds` are equal where fingerprints are. `shapes` are the ways in which the engines name the prompt's blocks: by
+    `kinds` are equal where fingerprints are. `remotes` may give KV to each other. `helped` only decode, and have others
+    to compute long prompts for them. `shapes` are the ways in which the engines name the prompt's blocks: by
     blocks of so many tokens, for their base model or for an adapter of this name; and who does so.
     """
 
@@ -37,6 +63,8 @@ class Roster:
     kinds: Counts
     block_sizes: Counts
     num_blocks: Counts
+    helped: Places
+    remotes: tuple["Remotes", ...]
     shapes: tuple[tuple[Shape, Places], ...]
 
     @classmethod
@@ -48,13 +76,20 @@ class Roster:
         shapes: dict[Shape, list[int]] = {}
         for place, engine in enumerate(engines):
             shapes.setdefault(_shape(engine, model), []).append(place)
+        kind_of = np.array([kinds.setdefault(engine.info.fingerprint, len(kinds)) for engine in engines], np.int64)
+        remote = np.array([engine.stock is None for engine in engines], bool)
+        decodes_only = np.array([engine.info.role == "decode" for engine in engines], bool)
+        of_kind = [remote & (kind_of == kind) for kind in kinds.values()]
+        remotes = tuple(Remotes(*map(np.flatnonzero, (of & decodes, of & prefills, of))) for of in of_kind)
         return cls(
             engines=tuple(engines),
             decoders=np.flatnonzero(decodes),
             prefillers=np.flatnonzero(prefills),
-            kinds=np.array([kinds.setdefault(engine.info.fingerprint, len(kinds)) for engine in engines], np.int64),
+            kinds=kind_of,
             block_sizes=np.array([engine.info.block_size for engine in engines], np.int64),
             num_blocks=np.array([max(engine.info.num_blocks, 1) for engine in engines], np.int64),
+            helped=np.concatenate([NOBODY, *(each.helped(decodes_only) for each in remotes)]),
+            remotes=remotes,
             shapes=tuple((shape, np.array(places, np.intp)) for shape, places in shapes.items()),
         )
 
@@ -87,10 +122,40 @@ class Loads:
     cached_blocks: Column
     step_ms: Milliseconds
 
+    @cached_property
+    def batch(self) -> Column:
+        """Requests that run, or will as soon as they arrive."""
+        found: Column = np.maximum(self.requests - self.waiting, 0)
+        return found
+
     @classmethod
     def of(cls, engines: Iterable[Engine]) -> "Loads":
-        rows = np.frombuffer(b"".join([engine.row for engine in engines]), np.float64).reshape(-1, LOAD_COLUMNS)
-        return cls(*np.ascontiguousarray(rows.T))
+        return cls(*_columns([engine.row for engine in engines], LOAD_COLUMNS))
+
+
+@dataclass(frozen=True, eq=False)
+class RateColumns:
+    """`rates.Rates` of every engine."""
+
+    base_ms: Milliseconds
+    token_ms: Milliseconds
+    context_ms: Milliseconds
+    running_ms: Milliseconds
+    waiting_ms: Milliseconds
+    step_ms: Milliseconds
+    step_running_ms: Milliseconds
+    transfer_ms: Milliseconds
+    transfer_token_ms: Milliseconds
+    reload_token_ms: Milliseconds
+    cold_ms: Milliseconds
+
+    @classmethod
+    def of(cls, engines: Iterable[Engine]) -> "RateColumns":
+        return cls(*_columns([engine.rates for engine in engines], RATE_COLUMNS))
+
+
+def _columns(rows: list[bytes], columns: int) -> "npt.NDArray[np.float64]":
+    return np.ascontiguousarray(np.frombuffer(b"".join(rows), np.float64).reshape(-1, columns).T)
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,7 +163,8 @@ class Candidates:
     """The engines of a roster and what concerns one request: how much of the prompt each has cached, and its load.
 
     `offloaded_blocks` of the `prefix_blocks` are not on the GPU: they come after the last that is.
-    `prefix_blocks` are as many as are to be counted on, `claimed_blocks` what the index says.
+    `prefix_blocks` are as many as are to be counted on, `claimed_blocks` what the index says. Of answers,
+    `output_tokens` are expected; `reuse` is the share of cached blocks that are wanted again.
     """
 
     roster: Roster
@@ -106,6 +172,9 @@ class Candidates:
     offloaded_blocks: Counts
     claimed_blocks: Counts
     loads: Loads
+    rates: RateColumns
+    output_tokens: float = OUTPUT_TOKENS
+    reuse: float = REUSE
 
     def __len__(self) -> int:
         return len(self.roster.engines)

@@ -1,16 +1,84 @@
-"""What a placement costs, in predicted milliseconds, term by term. Pure.
+"""What a placement costs, in predicted milliseconds: terms as small functions over columns of all candidates. Pure.
 
-The coefficients are priors for an engine of which nothing is known yet.
+What the milliseconds are of: the latency that the placement adds to all requests, the one at hand and those it slows
+down. So terms add up, and none needs a weight.
 """
 
 from typing import Final
 
-from vllm_llmd.router.candidates import Column, Milliseconds
+import numpy as np
 
-MS_PER_REQUEST: Final = 10.0
-MS_PER_PREFILL_TOKEN: Final = 0.1
+from vllm_llmd.router.candidates import Candidates, Column, Loads, Milliseconds, RateColumns
+
+CHUNK_TOKENS: Final = 2048
+"""What vLLM computes of a prompt in one step at most, unless told otherwise: the last chunk's KV travels after it."""
 
 
-def queue_ms(requests: Column, prefill_tokens: Column) -> Milliseconds:
-    """Waiting for what each candidate already has to do, including what it does not know of yet."""
-    return requests * MS_PER_REQUEST + prefill_tokens * MS_PER_PREFILL_TOKEN
+def queue_ms(loads: Loads, rates: RateColumns) -> Milliseconds:
+    """Until a request that comes now is being computed: the prompts before it, the step under way, others that wait."""
+    return join_ms(loads, rates) + rates.token_ms * loads.tokens + rates.waiting_ms * loads.waiting
+
+
+def join_ms(loads: Loads, rates: RateColumns) -> Milliseconds:
+    """Until a request of which nothing is left to compute gets its first token."""
+    found: Milliseconds = rates.base_ms + rates.running_ms * loads.batch
+    return found
+
+
+def prefill_ms(tokens: Column, cached_tokens: Column, rates: RateColumns) -> Milliseconds:
+    """Computing `tokens` of a prompt after `cached_tokens` that need not be."""
+    context = (cached_tokens + tokens / 2) / 1000
+    found: Milliseconds = tokens * (rates.token_ms + rates.context_ms * context)
+    return found
+
+
+def reload_ms(offloaded_tokens: Column, rates: RateColumns) -> Milliseconds:
+    """Bringing back what is cached, but not on the GPU."""
+    found: Milliseconds = rates.reload_token_ms * offloaded_tokens
+    return found
+
+
+def transfer_ms(tokens: Column, source_prefill_ms: Column, latency_ms: Column, token_ms: Column) -> Milliseconds:
+    """What is left of a transfer once the source has computed: its last chunk, and what was too slow until then."""
+    tail_ms = np.minimum(tokens, CHUNK_TOKENS) * token_ms
+    found: Milliseconds = latency_ms + np.maximum(tail_ms, tokens * token_ms - source_prefill_ms)
+    return found
+
+
+def decode_ms(output_tokens: float, loads: Loads, rates: RateColumns) -> Milliseconds:
+    """All tokens of the answer after its first, beside those that run already."""
+    found: Milliseconds = output_tokens * (rates.step_ms + rates.step_running_ms * loads.batch)
+    return found
+
+
+def prefill_interference_ms(own_prefill_ms: Milliseconds, loads: Loads) -> Milliseconds:
+    """What computing the prompt takes from those that decode there: all of them stand still for so long."""
+    found: Milliseconds = own_prefill_ms * loads.batch
+    return found
+
+
+def decode_interference_ms(output_tokens: float, loads: Loads, rates: RateColumns) -> Milliseconds:
+    """What one more sequence takes from those that decode there, step by step."""
+    found: Milliseconds = output_tokens * rates.step_running_ms * loads.batch
+    return found
+
+
+def memory_ms(new_tokens: Column, candidates: Candidates, reuse: float, rates: RateColumns) -> Milliseconds:
+    """Blocks that the request would push out of the cache, at what it costs to compute those that are wanted again.
+
+    `reuse` is the share of cached blocks that are.
+    """
+    loads, roster = candidates.loads, candidates.roster
+    empty = np.minimum(np.maximum(roster.num_blocks - loads.cached_blocks, 0), loads.free_blocks)
+    evicted = np.minimum(np.maximum(new_tokens / roster.block_sizes - empty, 0), loads.free_blocks - empty)
+    found: Milliseconds = evicted * (roster.block_sizes * reuse) * rates.token_ms
+    return found
+
+
+def full_ms(new_tokens: Column, candidates: Candidates, answer_ms: Milliseconds) -> Milliseconds:
+    """Waiting for blocks that others have to give back first, as all do within an answer, which takes `answer_ms`."""
+    loads, roster = candidates.loads, candidates.roster
+    used = np.maximum(roster.num_blocks - loads.free_blocks, 1)
+    missing = np.minimum(np.maximum(new_tokens / roster.block_sizes - loads.free_blocks, 0), used)
+    found: Milliseconds = np.where(loads.running > 0, answer_ms * missing / used, 0.0)
+    return found

@@ -19,7 +19,7 @@ from vllm_llmd.kernels.kv_events_plain import Change
 from vllm_llmd.names import TIERS, EngineId
 from vllm_llmd.router import text_index
 from vllm_llmd.router.agreement import Agreement, prompt_names
-from vllm_llmd.router.candidates import Candidates, Loads, Places, Roster, adapter_of
+from vllm_llmd.router.candidates import Candidates, Loads, Places, RateColumns, Roster, adapter_of
 from vllm_llmd.router.cursor import Cursor, Outcome
 from vllm_llmd.router.decide import Decision
 from vllm_llmd.router.health import Health
@@ -293,7 +293,9 @@ class Fleet:
         offloaded = np.maximum(believed - on_gpu, 0)
         if session is not None:
             believed = self.sessions.supposed(session, roster, facts.prompt_tokens, believed)
-        return Candidates(roster, believed, offloaded, prefix_blocks, Loads.of(roster.engines))
+        return Candidates(
+            roster, believed, offloaded, prefix_blocks, Loads.of(roster.engines), RateColumns.of(roster.engines)
+        )
 
     def place(self, request: str, decision: Decision, chunks: Chunks) -> None:
         """Counts a decision until the engines report it, and waits for the prompt's blocks to learn from."""

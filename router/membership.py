@@ -15,6 +15,7 @@ import msgspec
 
 from vllm_llmd.names import EngineId, Epoch
 from vllm_llmd.router.occupancy import Occupancy
+from vllm_llmd.router.rates import PRIOR_ROW
 from vllm_llmd.wire import EngineInfo, Load
 
 
@@ -75,7 +76,8 @@ class Stock:
 class Engine:
     """One engine's current life. `stock` is None where it has our plugin, and with it a link to us.
 
-    `row` is its load as `candidates.Loads` has it; `cached_blocks` were in the index of its GPU when it last reported.
+    `row` is its load as `candidates.Loads` has it, `rates` how fast it is thought to be. `cached_blocks` were in the
+    index of its GPU when it last reported.
     """
 
     info: EngineInfo
@@ -100,6 +102,7 @@ class Engine:
     occupancy: Occupancy = field(default_factory=Occupancy)
     cached_blocks: int = 0
     row: bytes = b""
+    rates: bytes = PRIOR_ROW
 
     def __post_init__(self) -> None:
         self._write_row()

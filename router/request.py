@@ -76,6 +76,8 @@ class Facts:
     prompts: int = 1
     tokenized: bool = False
     """Whether the token ids are not the client's but what this router made of its text."""
+    output_tokens: int | None = None
+    """The longest answer that the client wants, if it says so."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,17 @@ def read_facts(kind: Kind, body: Mapping[str, Any], long: Long = NOTHING_LONG) -
     salt = body.get("cache_salt")
     salt = spelled.plain(salt) if isinstance(salt, str) and salt else None
     model = None if model is None else spelled.plain(model)
-    return Facts(model, prompt.tokens, seed, prompt.text, prompt.size, salt, len(prompts))
+    return Facts(
+        model, prompt.tokens, seed, prompt.text, prompt.size, salt, len(prompts), output_tokens=_output_tokens(body)
+    )
+
+
+def _output_tokens(body: Mapping[str, Any]) -> int | None:
+    for name in ("max_completion_tokens", "max_tokens"):
+        wanted = body.get(name)
+        if isinstance(wanted, int) and not isinstance(wanted, bool) and wanted > 0:
+            return wanted
+    return None
 
 
 def with_tokens(facts: Facts, tokens: "array[int]") -> Facts:

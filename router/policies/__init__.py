@@ -13,6 +13,7 @@ from vllm_llmd.router.policy import Factory, Policy, PolicySettings
 GROUP: Final = "vllm_llmd.policies"
 
 BUILT_IN: Final = {
+    "cost": "cost:cost",
     "prefix_first": "prefix_first:prefix_first",
     "round_robin": "plain:round_robin",
     "random": "plain:by_chance",
@@ -39,6 +40,17 @@ def make(name: str, settings: PolicySettings) -> Policy:
         if entry.name == name:
             return _made(entry, settings)
     raise ConfigError(f"policy must be one of {', '.join(names())}; got {name}")
+
+
+def loaded(group: str) -> dict[str, Any]:
+    """What other packages add to a group of entry points, by name. Raises ConfigError for what cannot be loaded."""
+    found = {}
+    for entry in entry_points(group=group):
+        try:
+            found[entry.name] = entry.load()
+        except Exception as error:  # whatever another package's code may raise
+            raise ConfigError(f"{entry.name} ({entry.value}) of {group} cannot be loaded: {error!r}") from error
+    return found
 
 
 def _made(entry: EntryPoint, settings: PolicySettings) -> Policy:

@@ -1,12 +1,16 @@
 """The longest cached prefix, most of it on the GPU, the least load, and chance, in this order. Pure."""
 
 import random
+from typing import Final
 
-from vllm_llmd.router import costs
 from vllm_llmd.router.candidates import Candidates, Places
 from vllm_llmd.router.picker import PickInTurn, least, narrowed
 from vllm_llmd.router.policy import Policy, PolicySettings
 from vllm_llmd.router.request import Facts
+
+MS_PER_REQUEST: Final = 10.0
+MS_PER_PREFILL_TOKEN: Final = 0.1
+"""A request counts as much as a hundred prompt tokens: what both take of a step."""
 
 
 class PrefixFirst:
@@ -17,7 +21,8 @@ class PrefixFirst:
         equals = narrowed(eligible, -candidates.prefix_tokens)
         equals = narrowed(equals, candidates.offloaded_blocks)
         loads = candidates.loads
-        return least(equals, costs.queue_ms(loads.requests, loads.tokens), self._rng)
+        queue_ms = loads.requests * MS_PER_REQUEST + loads.tokens * MS_PER_PREFILL_TOKEN
+        return least(equals, queue_ms, self._rng)
 
 
 def prefix_first(settings: PolicySettings) -> Policy:

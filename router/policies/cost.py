@@ -1,0 +1,72 @@
+"""The plan that adds the least latency to all requests, in predicted milliseconds. Pure.
+
+Terms and filters of other packages join it by entry points in `vllm_llmd.terms` and `vllm_llmd.filters`.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from vllm_llmd.router import policies
+from vllm_llmd.router.candidates import Candidates, Milliseconds
+from vllm_llmd.router.plans import Asked, Mask, Plans
+from vllm_llmd.router.policy import Choice, Policy, PolicySettings
+from vllm_llmd.router.request import Facts
+
+TERMS: Final = "vllm_llmd.terms"
+FILTERS: Final = "vllm_llmd.filters"
+
+Term = Callable[[Facts, Candidates], Milliseconds]
+"""What it costs to decode at each candidate, beside what this package thinks of."""
+
+Filter = Callable[[Facts, Candidates], npt.NDArray[np.bool_]]
+"""Who of the candidates may decode at all."""
+
+JITTER_MS: Final = 1e-6
+JITTER: Final = 1e-9
+"""By so much plans may differ and still be equals, among whom chance decides: in all, and of what they cost."""
+
+WORST_MS: Final = 1e12
+
+
+class Cost:
+    def __init__(self, settings: PolicySettings, terms: Mapping[str, Term], filters: Mapping[str, Filter]) -> None:
+        self._min_remote_tokens = settings.min_remote_tokens
+        self._chance = np.random.default_rng(settings.rng.getrandbits(64))
+        self._terms = terms
+        self._filters = filters
+
+    def choose(self, facts: Facts, candidates: Candidates) -> Choice | None:
+        if not len(candidates.roster.decoders):
+            return None
+        more = {f"{name}_ms": _usable(term(facts, candidates)) for name, term in self._terms.items()}
+        return Plans(
+            Asked(
+                facts,
+                candidates,
+                more,
+                self._allowed(facts, candidates),
+                JITTER_MS * self._chance.random(len(candidates)),
+                self._min_remote_tokens,
+            )
+        ).cheapest()
+
+    def _allowed(self, facts: Facts, candidates: Candidates) -> Mask | None:
+        if not self._filters:
+            return None
+        allowed = np.ones(len(candidates), bool)
+        for each in self._filters.values():
+            allowed &= each(facts, candidates)
+        return allowed
+
+
+def _usable(term: Milliseconds) -> Milliseconds:
+    found: Milliseconds = np.nan_to_num(term, nan=0.0, posinf=WORST_MS, neginf=0.0)
+    return found
+
+
+def cost(settings: PolicySettings) -> Policy:
+    """Raises ConfigError if what another package adds cannot be had."""
+    return Cost(settings, policies.loaded(TERMS), policies.loaded(FILTERS))
