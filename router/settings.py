@@ -40,7 +40,7 @@ class RouterSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     stale_after_ms: int = 3000
     gone_after_ms: int = 60_000
     snapshot_retry_ms: int = 2000
-    policy: str = "prefix_first"
+    policy: str = "cost"
     min_remote_tokens: int = 256
     connect_timeout_ms: int = 5000
     attempts: int = 3
@@ -95,7 +95,7 @@ _FLAGS: Mapping[str, str] = {
     "gone_after_ms": "an engine silent for this long is forgotten",
     "snapshot_retry_ms": "how long to wait for a snapshot before asking again",
     "policy": "how engines are chosen: see docs/policies.md",
-    "min_remote_tokens": "uncached prompt tokens from which a prefill engine supplies the KV",
+    "min_remote_tokens": "prompt tokens from which it is worth while that another engine supplies their KV",
     "connect_timeout_ms": "how long to wait for an engine to accept a connection",
     "attempts": "how many engines a request is tried on before its first byte",
     "retry_percent": "retries there may be in 10 s, per hundred requests; 0 for none",

@@ -1,0 +1,299 @@
+"""Which plan the policy `cost` takes, and that none is cheaper."""
+
+import random
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass, replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_llmd.names import EngineId, Epoch, Role
+from vllm_llmd.router import policies
+from vllm_llmd.router.candidates import Candidates, Loads, RateColumns, Roster
+from vllm_llmd.router.decide import Decision, decide
+from vllm_llmd.router.membership import Engine, State, Stock
+from vllm_llmd.router.policies.cost import Cost
+from vllm_llmd.router.policy import PolicySettings
+from vllm_llmd.router.rates import PRIOR, Rates, packed
+from vllm_llmd.router.request import Facts
+from vllm_llmd.wire import EngineInfo, Load
+
+SETTINGS = PolicySettings(256, random.Random(0))
+IDLE = Load(free_blocks=1000)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One engine, idle and empty unless told otherwise."""
+
+    name: str
+    role: Role = "both"
+    prefix: int = 0
+    offloaded: int = 0
+    cached: int = 0
+    load: Load = IDLE
+    rates: Rates = PRIOR
+    fingerprint: str = "f"
+    stock: bool = False
+
+    def engine(self) -> Engine:
+        info = EngineInfo(EngineId(self.name), Epoch(1), self.role, "", ["m"], 16, 1000, 10_000, self.fingerprint, [])
+        engine = Engine(info, State.READY, 0, stock=Stock(None) if self.stock else None, rates=packed(self.rates))
+        engine.reported(self.load, 0, self.cached)
+        return engine
+
+
+def busy(running: int = 0, **more: int) -> Load:
+    return Load(**{"running": running, "free_blocks": 1000, **more})
+
+
+def columns(rows: Sequence[Row]) -> Candidates:
+    engines = [row.engine() for row in rows]
+    prefix, offloaded = np.array([(row.prefix, row.offloaded) for row in rows], int).reshape(-1, 2).T
+    return Candidates(Roster.of(engines, "m"), prefix, offloaded, prefix, Loads.of(engines), RateColumns.of(engines))
+
+
+def facts(tokens: int) -> Facts:
+    return Facts("m", None, b"", b"", tokens, salt=None)
+
+
+def choose(tokens: int, *rows: Row) -> Decision:
+    decision = decide(facts(tokens), columns(rows), policies.make("cost", replace(SETTINGS, rng=random.Random(0))))
+    assert decision is not None
+    return decision
+
+
+def pair(decision: Decision) -> tuple[str, str | None, int | None]:
+    return decision.destination, decision.source, decision.source_until
+
+
+# --- one engine -----------------------------------------------------------------------------------------------------
+
+
+def test_a_cached_prefix_is_worth_what_it_saves() -> None:
+    assert choose(4000, Row("cached", prefix=200), Row("empty")).destination == "cached"
+    queued = Row("cached", prefix=200, load=busy(prefill_tokens=100_000), stock=True)
+    assert choose(4000, queued, Row("empty")).destination == "empty"
+
+
+def test_tokens_that_wait_cost_more_than_requests_that_decode() -> None:
+    assert choose(100, Row("a", load=busy(prefill_tokens=8000)), Row("b", load=busy(2))).destination == "b"
+
+
+def test_what_others_lose_counts() -> None:
+    """The same wait on both, but on one of them forty others stand still while a prompt is computed."""
+    crowded, queued = Row("crowded", load=busy(40)), Row("queued", load=busy(prefill_tokens=400))
+    assert choose(4000, crowded, queued).destination == "queued"
+
+
+def test_a_cache_with_room_is_taken_before_one_where_something_is_evicted() -> None:
+    full, roomy = Row("full", cached=1000), Row("roomy", cached=500)
+    assert choose(4000, full, roomy).destination == "roomy"
+
+
+def test_an_engine_without_blocks_to_give_is_waited_for_only_if_need_be() -> None:
+    packed_full = Row("full", load=Load(running=3, free_blocks=10), cached=1000)
+    assert choose(4000, packed_full, Row("other", load=busy(3))).destination == "other"
+    assert choose(4000, packed_full).terms["blocks_ms"] > 0
+
+
+def test_what_is_offloaded_costs_more_than_what_is_on_the_gpu_and_less_than_what_is_not_cached() -> None:
+    gpu, cpu, none = Row("gpu", prefix=200), Row("cpu", prefix=200, offloaded=200), Row("none")
+    assert choose(4000, gpu, cpu).destination == "gpu"
+    assert choose(4000, cpu, none).destination == "cpu"
+
+
+def test_a_slow_engine_gets_what_a_fast_one_has_no_time_for() -> None:
+    slow = Row("slow", rates=replace(PRIOR, token_ms=1.0))
+    assert choose(1000, slow, Row("fast")).destination == "fast"
+    assert choose(1000, slow, Row("fast", load=busy(prefill_tokens=20_000))).destination == "slow"
+
+
+def test_of_equals_chance_decides() -> None:
+    rows = [Row(name) for name in "abcd"]
+    chooser = policies.make("cost", SETTINGS)
+    picked = Counter(decide(facts(500), columns(rows), chooser).destination for _ in range(200))  # type: ignore[union-attr]
+    assert min(picked.values()) > 20 and len(picked) == 4
+
+
+def test_the_terms_add_up_to_what_made_the_choice() -> None:
+    decision = choose(4000, Row("a", load=busy(3), prefix=10, offloaded=5, cached=990), Row("b", load=busy(900)))
+    assert decision.choice is not None
+    for name, column in decision.choice.prices.items():
+        assert column[0] == decision.terms[name] >= 0
+
+
+# --- pairs ----------------------------------------------------------------------------------------------------------
+
+
+def test_an_engine_that_only_decodes_has_long_prompts_computed_by_the_least_busy_of_those_that_prefill() -> None:
+    rows = [Row("d", "decode"), Row("p", "prefill", load=busy(prefill_tokens=9000)), Row("q", "prefill")]
+    assert pair(choose(4000, *rows)) == ("d", "q", None)
+    assert pair(choose(200, *rows)) == ("d", None, None)
+
+
+def test_a_source_that_has_the_prefix_beats_one_that_is_less_busy() -> None:
+    rows = [Row("d", "decode"), Row("p", "prefill", prefix=200, load=busy(prefill_tokens=500)), Row("q", "prefill")]
+    decision = choose(4000, *rows)
+    assert pair(decision) == ("d", "p", None)
+    assert decision.prefill_tokens == {"d": 0, "p": 800}
+
+
+def test_a_prefix_is_fetched_from_an_engine_that_is_too_busy_to_decode() -> None:
+    holder = Row("holder", prefix=200, load=busy(200))
+    decision = choose(4000, holder, Row("idle"))
+    assert pair(decision) == ("idle", "holder", 3200)
+    assert decision.prefill_tokens == {"idle": 800, "holder": 0}
+
+
+def test_nothing_is_fetched_if_computing_it_is_faster() -> None:
+    holder = Row("holder", prefix=200, load=busy(200))
+    slow_wire = Row("idle", rates=replace(PRIOR, transfer_token_ms=1.0))
+    assert pair(choose(4000, holder, slow_wire)) == ("idle", None, None)
+
+
+@pytest.mark.parametrize("stranger", [{"stock": True}, {"fingerprint": "g"}, {"offloaded": 200}])
+def test_a_prefix_is_fetched_only_from_who_can_give_it(stranger: dict[str, object]) -> None:
+    holder = replace(Row("holder", prefix=200, load=busy(200)), **stranger)
+    assert choose(4000, holder, Row("idle")).source is None
+
+
+def test_without_others_to_prefill_an_engine_that_only_decodes_does_it_itself() -> None:
+    assert pair(choose(4000, Row("d", "decode"), Row("p", "prefill", fingerprint="g"))) == ("d", None, None)
+
+
+# --- whatever comes -------------------------------------------------------------------------------------------------
+
+rates = st.builds(
+    Rates,
+    token_ms=st.floats(0.01, 1),
+    context_ms=st.floats(0, 0.01),
+    transfer_ms=st.floats(0, 20),
+    transfer_token_ms=st.floats(0, 0.2),
+    cold_ms=st.floats(0, 100),
+)
+rows = st.builds(
+    Row,
+    st.uuids().map(str),
+    st.sampled_from(["prefill", "decode", "both"]),
+    st.integers(0, 300),
+    cached=st.integers(0, 1000),
+    load=st.builds(
+        Load,
+        st.integers(0, 40),
+        st.integers(0, 9),
+        prefill_tokens=st.integers(0, 9999),
+        free_blocks=st.integers(0, 1000),
+    ),
+    rates=rates,
+    fingerprint=st.sampled_from("ffg"),
+    stock=st.booleans(),
+)
+
+
+def every_plan_ms(rows: Sequence[Row], tokens: int) -> float:
+    """The cheapest plan, found by pricing each by itself, engine by engine."""
+    best, at = np.inf, columns(rows)
+    decoders = [i for i, row in enumerate(rows) if row.role != "prefill"] or list(range(len(rows)))
+    for d in decoders:
+        helped = rows[d].role == "decode" and not rows[d].stock
+        helped &= any(p.role == "prefill" and p.fingerprint == rows[d].fingerprint and not p.stock for p in rows)
+        own = tokens - min(rows[d].prefix * 16, tokens - 1)
+        if not (helped and own >= 256):
+            best = min(best, alone_ms(at, d, tokens))
+        for s in range(len(rows)):
+            same = rows[s].fingerprint == rows[d].fingerprint and not rows[s].stock and not rows[d].stock
+            if s == d or not same:
+                continue
+            best = min(best, *pair_ms(rows, at, (d, s), tokens, helped))
+    return best
+
+
+def alone_ms(at: Candidates, place: int, tokens: int) -> float:
+    found = one(at, place, tokens)
+    computes = found["queue"] + found["prefill"] * (1 + found["batch"]) + found["reload"] + found["cold"]
+    return computes + found["stays"]
+
+
+def one(at: Candidates, d: int, tokens: int) -> dict[str, float]:
+    """The terms of one engine, as the documentation has them."""
+    load = {name: float(column[d]) for name, column in vars(at.loads).items() if name != "batch"}
+    r = Rates(*(float(column[d]) for column in vars(at.rates).values()))
+    cached = min(int(at.prefix_tokens[d]), tokens - 1)
+    own, batch, output = tokens - cached, max(load["requests"] - load["waiting"], 0), at.output_tokens
+    join = r.base_ms + r.running_ms * batch
+    decode = output * (r.step_ms + r.step_running_ms * batch)
+    blocks = 1000
+    empty = min(max(blocks - load["cached_blocks"], 0), load["free_blocks"])
+
+    def memory(new: float) -> float:
+        return min(max(new / 16 - empty, 0), load["free_blocks"] - empty) * 16 * r.token_ms * at.reuse
+
+    used = max(blocks - load["free_blocks"], 1)
+    missing = min(max((own + output) / 16 - load["free_blocks"], 0), used)
+    full = decode * missing / used if load["running"] else 0
+    return {
+        "join": join,
+        "queue": join + r.token_ms * load["tokens"] + r.waiting_ms * load["waiting"],
+        "prefill": own * (r.token_ms + r.context_ms * (cached + own / 2) / 1000),
+        "reload": float(at.offloaded_blocks[d]) * 16 * r.reload_token_ms,
+        "stays": decode + output * r.step_running_ms * batch + memory(own + output) + full,
+        "supplies_memory": memory(own),
+        "batch": batch,
+        "own": own,
+        "cached": cached,
+        "cold": r.cold_ms,
+    }
+
+
+def pair_ms(
+    rows: Sequence[Row], at: Candidates, places: tuple[int, int], tokens: int, helped: bool
+) -> tuple[float, float]:
+    d, s = places
+    mine, theirs, r = one(at, d, tokens), one(at, s, tokens), rows[d].rates
+    prefilled = fetched = np.inf
+    if rows[s].role == "prefill" and mine["own"] >= 256:
+        tail = min(mine["own"], 2048) * r.transfer_token_ms
+        transfer = r.transfer_ms + max(tail, mine["own"] * r.transfer_token_ms - theirs["prefill"])
+        supplies = theirs["queue"] + theirs["prefill"] * (1 + theirs["batch"]) + theirs["reload"]
+        prefilled = mine["stays"] + mine["join"] + transfer + supplies + theirs["supplies_memory"]
+    held = min(rows[s].prefix - rows[s].offloaded, (tokens - 1) // 16) * 16
+    if held - mine["cached"] >= 256 and not (helped and tokens - held >= 256):
+        arrives = theirs["queue"] + r.transfer_ms + (held - mine["cached"]) * r.transfer_token_ms
+        rest = (tokens - held) * (r.token_ms + r.context_ms * (held + tokens) / 2000) * (1 + mine["batch"])
+        fetched = max(mine["queue"], arrives) + rest + mine["stays"] + mine["cold"]
+    return prefilled, fetched
+
+
+@given(st.lists(rows, min_size=1, max_size=20), st.integers(1, 6000))
+def test_no_plan_is_cheaper_than_the_one_chosen(fleet: list[Row], tokens: int) -> None:
+    decision = choose(tokens, *fleet)
+    assert sum(decision.terms.values()) == pytest.approx(every_plan_ms(fleet, tokens), rel=1e-6, abs=1e-3)
+
+
+def test_a_term_of_another_package_counts_and_its_nonsense_does_not() -> None:
+    def far(_: Facts, candidates: Candidates) -> np.ndarray:
+        return np.array([1e5, np.nan])
+
+    chooser = Cost(SETTINGS, {"far": far}, {})
+    rows = [Row("a", prefix=200), Row("b")]
+    decision = decide(facts(4000), columns(rows), chooser)
+    assert decision is not None and decision.destination == "b" and decision.terms["far_ms"] == 0
+
+
+def test_a_filter_of_another_package_bars_engines_from_decoding() -> None:
+    def second(_: Facts, candidates: Candidates) -> np.ndarray:
+        return np.arange(len(candidates)) == 1
+
+    chooser = Cost(SETTINGS, {}, {"second": second})
+    decision = decide(facts(4000), columns([Row("a", prefix=200), Row("b")]), chooser)
+    assert decision is not None and decision.destination == "b"
+    assert decide(facts(4000), columns([Row("a")]), chooser) is None
+
+
+def test_every_rate_has_a_column() -> None:
+    engine = Row("a").engine()
+    assert [float(column[0]) for column in vars(RateColumns.of([engine])).values()] == list(astuple(PRIOR))
