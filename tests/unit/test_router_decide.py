@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 from vllm_llmd.names import EngineId, Epoch, Role
 from vllm_llmd.router import policies
-from vllm_llmd.router.candidates import Candidates, Loads, Roster
+from vllm_llmd.router.candidates import Candidates, Loads, RateColumns, Roster
 from vllm_llmd.router.costs import queue_ms
 from vllm_llmd.router.decide import Decision, decide
-from vllm_llmd.router.membership import Engine, State
+from vllm_llmd.router.membership import Engine, Placed, State
 from vllm_llmd.router.policy import Policy, PolicySettings
 from vllm_llmd.router.request import Facts
 from vllm_llmd.wire import EngineInfo, Load
@@ -52,7 +52,7 @@ def columns(*rows: Candidate) -> Candidates:
     for each, row in zip(engines, rows, strict=True):
         each.reported(Load(waiting=row.queue), 0)
     prefix, offloaded = np.array([(row.prefix, row.offloaded) for row in rows], int).reshape(-1, 2).T
-    return Candidates(Roster.of(engines, "m"), prefix, offloaded, prefix, Loads.of(engines))
+    return Candidates(Roster.of(engines, "m"), prefix, offloaded, prefix, Loads.of(engines), RateColumns.of(engines))
 
 
 def prefix_first(seed: int = 0) -> Policy:
@@ -125,8 +125,11 @@ def test_prefixes_are_compared_in_tokens() -> None:
 
 
 def test_load_counts_requests_and_tokens_ahead_of_each_candidate() -> None:
-    idle, one_request, one_token = queue_ms(np.array([0.0, 1.0, 0.0]), np.array([0.0, 0.0, 1.0]))
-    assert idle == 0 < one_token < one_request
+    engines = [Engine(engine(name).info, State.READY, 0) for name in ("idle", "one request", "one token")]
+    engines[1].place("r", Placed(0, 0))
+    engines[2].place("r", Placed(0, 1))
+    idle, one_request, one_token = queue_ms(Loads.of(engines), RateColumns.of(engines))
+    assert idle < one_request < one_token
 
 
 def test_the_columns_of_a_roster_are_in_one_order() -> None:
