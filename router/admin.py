@@ -4,6 +4,7 @@ import asyncio
 import hmac
 import logging
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Final
 
 from aiohttp import web
@@ -125,6 +126,7 @@ class Admin:
             "load": {name: getattr(load, name) for name in load.__struct_fields__},
             "blocks_indexed": sum(self._fleet.index.contents(info.id, tier).blocks for tier in TIERS),
             "predictions": self._predictions(info.id),
+            "rates": {name: round(value, 4) for name, value in asdict(self._fleet.models.rates(info.id)).items()},
         }
 
     def _predictions(self, engine: EngineId) -> dict[str, object] | None:

@@ -7,6 +7,7 @@ from vllm_llmd.names import EngineId
 from vllm_llmd.router.candidates import Candidates
 from vllm_llmd.router.policy import Choice, Policy
 from vllm_llmd.router.request import Facts
+from vllm_llmd.router.seen import Seen
 
 
 @dataclass(frozen=True)
@@ -15,7 +16,7 @@ class Decision:
 
     `source` supplies KV up to token `source_until`, or to the prompt's end if that is None. `prefill_tokens` says how
     many of the prompt's tokens each of the two then computes. `terms` are its costs in milliseconds; `choice` is what
-    it was made of.
+    it was made of, `seen` what the request found.
     """
 
     destination: EngineId
@@ -27,6 +28,7 @@ class Decision:
     source_until: int | None = None
     prefill_tokens: Mapping[EngineId, int] = field(default_factory=dict)
     choice: Choice | None = None
+    seen: Seen | None = None
 
 
 def decide(facts: Facts, candidates: Candidates, policy: Policy) -> Decision | None:
@@ -58,4 +60,17 @@ def decision_of(choice: Choice, facts: Facts, candidates: Candidates) -> Decisio
         source_until=choice.until,
         prefill_tokens=prefill_tokens,
         choice=choice,
+        seen=_seen(facts, candidates, at),
+    )
+
+
+def _seen(facts: Facts, candidates: Candidates, place: int) -> Seen:
+    loads = candidates.loads
+    cached_tokens = int(candidates.prefix_blocks[place]) * int(candidates.roster.block_sizes[place])
+    return Seen(
+        batch=float(loads.batch[place]),
+        waiting=float(loads.waiting[place]),
+        tokens=float(loads.tokens[place]),
+        prompt_tokens=float(facts.prompt_tokens),
+        cached_tokens=float(min(cached_tokens, facts.prompt_tokens)),
     )

@@ -22,10 +22,13 @@ from vllm_llmd.router.agreement import Agreement, prompt_names
 from vllm_llmd.router.candidates import Candidates, Loads, Places, RateColumns, Roster, adapter_of
 from vllm_llmd.router.cursor import Cursor, Outcome
 from vllm_llmd.router.decide import Decision
+from vllm_llmd.router.engine_model import Models
 from vllm_llmd.router.health import Health
 from vllm_llmd.router.membership import Engine, Membership, Placed, State, Stock
 from vllm_llmd.router.prefix_index import NO_NAMES, Difference, PrefixIndex, unpacked, unpacked_tiers
+from vllm_llmd.router.rates import packed
 from vllm_llmd.router.request import Facts
+from vllm_llmd.router.seen import Measured
 from vllm_llmd.router.sessions import Sessions
 from vllm_llmd.router.settings import RouterSettings
 from vllm_llmd.router.text_index import Chunks, TextIndex
@@ -80,6 +83,7 @@ class Fleet:
         self.texts = TextIndex(settings.text_chunks)
         self.truth = Truth()
         self.agreement = Agreement()
+        self.models = Models()
 
     # --- messages -----------------------------------------------------------------------------------------------
 
@@ -147,6 +151,7 @@ class Fleet:
             self.index.clear_engine(info.id)
             self.health.forget(info.id)
             self.truth.joined(info.id, info.epoch)
+            self.models.left(info.id)
             return [*replies, *self._act(info.id, self._cursors[info.id].lose("joined", now_ms))]
         return [*replies, Reply(sender, wire.Members(self.membership.infos())), *self._heard(info.id, now_ms)]
 
@@ -159,7 +164,7 @@ class Fleet:
         match message:
             case wire.Heartbeat():
                 held = {tier: self.index.contents(message.engine, tier) for tier in TIERS}
-                self.membership.reported(message.engine, message.load, now_ms, held["gpu"].blocks)
+                self._reported(message.engine, message.load, held["gpu"].blocks)
                 self.membership.says_leaving(message.engine, message.draining)
                 known = None if self.index.without_room(message.engine) else held
                 return self._act(message.engine, self._cursors[message.engine].on_heartbeat(message, known, now_ms))
@@ -201,6 +206,13 @@ class Fleet:
             self.membership.index_exact(engine)
         return []
 
+    def _reported(self, engine: EngineId, load: wire.Load, cached_blocks: int) -> None:
+        self.membership.reported(engine, load, self._clock.now_ms(), cached_blocks)
+        known = self.membership.get(engine)
+        if known is not None:
+            self.models.reported(engine, known.load)
+            known.rates = packed(self.models.rates(engine))
+
     def _learn(self, engine: Engine, request: str, names: Names) -> None:
         chunks = self.texts.learn(request, engine.info.block_size, names)
         guess = None if chunks is None else chunks.guess
@@ -212,6 +224,7 @@ class Fleet:
         self.index.forget_engine(engine)
         self.health.forget(engine)
         self.truth.left(engine)
+        self.models.left(engine)
         self._stock_suspects.discard(engine)
         self._verdicts.pop(engine, None)
         self._cursors.pop(engine, None)
@@ -231,6 +244,7 @@ class Fleet:
         self.index.clear_engine(info.id)
         self.health.forget(info.id)
         self.truth.joined(info.id, info.epoch)
+        self.models.left(info.id)
         return True
 
     def take_stock_suspect(self, engine: EngineId) -> bool:
@@ -250,7 +264,7 @@ class Fleet:
         was_stale = self.membership.heard(engine, now_ms)
         self.membership.index_exact(engine)
         if load is not None:
-            self.membership.reported(engine, load, now_ms, self.index.contents(engine, "gpu").blocks)
+            self._reported(engine, load, self.index.contents(engine, "gpu").blocks)
         return was_stale
 
     def stock_changed(self, engine: EngineId, change: Change, block_size: int | None) -> None:
@@ -327,6 +341,13 @@ class Fleet:
         """The answer has begun: the prompt is computed."""
         for engine in self._parties(decision):
             engine.answering(request)
+
+    def answered(self, decision: Decision, measured: Measured) -> None:
+        """The answer has come: how long it took teaches how fast the engines are."""
+        engine = self.membership.get(decision.destination)
+        if engine is not None:
+            self.models.answered(decision, measured)
+            engine.rates = packed(self.models.rates(decision.destination))
 
     def done(self, request: str, decision: Decision) -> None:
         """The request has ended, well or not."""

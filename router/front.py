@@ -31,6 +31,7 @@ from vllm_llmd.router.outliers import Shape
 from vllm_llmd.router.policy import PolicySettings
 from vllm_llmd.router.request import Facts, Kind, RequestError, read_facts, skim
 from vllm_llmd.router.retries import RetryBudget, pause_ms
+from vllm_llmd.router.seen import Measured
 from vllm_llmd.router.sessions import Last, read_session
 from vllm_llmd.router.settings import RouterSettings
 from vllm_llmd.router.slo import Wish, read_wish
@@ -227,6 +228,7 @@ class Front:
                 if asking is None or not answer.refuses(rewrite.STREAM_OPTIONS):
                     self._fleet.answering(call.id, decision)
                     self._room.look(decision.destination, decision.source)
+                    first_byte_ms = self._clock.now_ms() - sent_ms
                     self._answered(engine, answer, shape, sent_ms)
                     if call.begun is not None:
                         return await self._go_on(call, call.begun, engine, answer)
@@ -234,6 +236,9 @@ class Front:
                     outcome = await self._relay(call, begun, engine.info.id, answer)
                     self._remember(call, engine, answer, begun.meter)
                     self._compare(engine, prediction, f"{call.http.path} {answer.is_stream}", begun.meter)
+                    if answer.status == 200 and not isinstance(outcome, Failure):
+                        took_ms = first_byte_ms, self._clock.now_ms() - sent_ms
+                        self._fleet.answered(decision, Measured(*took_ms, answer.is_stream, begun.meter.usage))
                     return outcome
                 engine.takes_stream_options = False
         finally:

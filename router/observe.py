@@ -89,6 +89,15 @@ class _FleetCollector(Collector):
         for result, count in self._fleet.agreement.counts.items():
             names.add_metric([result], count)
         yield names
+        wrong = GaugeMetricFamily(
+            "vllm_llmd_model_error",
+            "Mean absolute natural logarithm of expected over measured time; 0.1 is about a tenth off",
+            labels=["engine", "what", "by"],
+        )
+        for engine in engines:
+            for believed in self._fleet.models.believed(engine.info.id):
+                wrong.add_metric([engine.info.id, believed.what, believed.by], believed.errors[believed.by])
+        yield wrong
         yield GaugeMetricFamily(
             "vllm_llmd_sessions", "Sessions named by clients and remembered", value=float(len(self._fleet.sessions))
         )

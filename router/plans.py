@@ -172,7 +172,8 @@ class Plans:
             "transfer_ms": float(transfer_ms[0]),
             "prefill_interference_ms": float(self._prefill_ms[source] * self._batch[source]),
         }
-        return Choice(at, source, None, terms | _at(self.stays, at), self.alone)
+        waited_for = min(float(self._own[at]), costs.CHUNK_TOKENS)
+        return Choice(at, source, None, waited_for, terms | _at(self.stays, at), self.alone)
 
     # --- with a prefix from a source ----------------------------------------------------------------------------
 
@@ -239,7 +240,8 @@ class Plans:
             "cold_ms": float(rates.cold_ms[at]),
             "prefill_interference_ms": rest_ms - prefill_ms,
         }
-        return Choice(at, source, int(held), terms | _at(self.stays, at), self.alone)
+        fetched = held - float(self._cached[at])
+        return Choice(at, source, int(held), fetched, terms | _at(self.stays, at), self.alone)
 
 
 def _total(terms: Mapping[str, Milliseconds]) -> Milliseconds:

@@ -25,6 +25,7 @@ class PolicySettings:
 class Choice:
     """`destination` decodes; `source` supplies the KV of the prompt up to token `until`, or to its end if that is None.
 
+    Of what is transferred, `transfer_tokens` are waited for.
     `terms` are what this costs, and `prices` what it would cost to have each candidate do all of it, by term; in
     predicted milliseconds, and empty where the policy does not reckon in them.
     """
@@ -32,6 +33,7 @@ class Choice:
     destination: int
     source: int | None = None
     until: int | None = None
+    transfer_tokens: float | None = None
     terms: Mapping[str, float] = field(default_factory=dict)
     prices: Mapping[str, Milliseconds] = field(default_factory=dict)
 

@@ -8,7 +8,7 @@ event's end.
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
 from vllm_llmd.router.sse import Splitter, data_of
@@ -31,10 +31,11 @@ _decoder = json.JSONDecoder()
 
 @dataclass(frozen=True)
 class Usage:
-    """`cached_tokens` of the `prompt_tokens` were not computed; None if the engine does not tell."""
+    """`cached_tokens` of the `prompt_tokens` were not computed; the answer has `completion_tokens`. None: not told."""
 
     prompt_tokens: int
     cached_tokens: int | None
+    completion_tokens: int | None = field(default=None, compare=False)
 
 
 class Meter(Protocol):
@@ -69,7 +70,8 @@ def read_usage(value: Any) -> Usage | None:
         return None
     details = value.get("prompt_tokens_details")
     cached = details.get("cached_tokens") if isinstance(details, Mapping) else None
-    return Usage(value["prompt_tokens"], cached if _is_count(cached) else None)
+    made = value.get("completion_tokens")
+    return Usage(value["prompt_tokens"], cached if _is_count(cached) else None, made if _is_count(made) else None)
 
 
 class Body:

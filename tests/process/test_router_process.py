@@ -198,8 +198,8 @@ async def test_the_same_text_goes_to_the_engine_that_has_it_cached(site: Site) -
     cached = one if home == "a" else two
     await site.index_equals_truth(cached)
     await until(lambda: site.metric("vllm_llmd_text_chunks"), lambda count: count > 0)
-    cached.load = wire.Load(waiting=100)
-    await until(site.admin_engines, lambda engines: any(engine["load"]["waiting"] for engine in engines))
+    cached.load = wire.Load(prefill_tokens=100)  # fewer than are cached
+    await until(site.admin_engines, lambda engines: any(engine["load"]["prefill_tokens"] for engine in engines))
     for question in ("second", "third", "fourth"):
         async with site.post(chat(LONG + question)) as response:
             assert response.headers["X-Fake-Engine"] == home
@@ -227,7 +227,7 @@ async def test_token_prompts_match_exactly_from_the_first_request(site: Site) ->
     one, two = await site.engine("a"), await site.engine("b")
     tokens = list(range(100))
     two.publish(stored=two.names(tokens))
-    two.load = wire.Load(waiting=100)
+    two.load = wire.Load(prefill_tokens=50)
     await site.ready(one, two)
     await site.index_equals_truth(two)
     async with site.post({"model": "fake", "prompt": tokens}, COMPLETIONS) as response:

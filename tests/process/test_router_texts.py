@@ -58,7 +58,7 @@ async def test_a_router_that_tokenizes_matches_a_text_that_it_has_never_seen(sit
     try:
         one, two = await exact.engine("a"), await exact.engine("b")
         two.publish(stored=two.names("<user>" + LONG))
-        two.load = wire.Load(waiting=100)
+        two.load = wire.Load(prefill_tokens=100)
         await exact.ready(one, two)
         await exact.index_equals_truth(two)
         async with exact.post(chat(LONG)) as response:

@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_llmd.router.pairs import FIRST, MOST, Matrix, Pair, Sides, cheapest
@@ -25,6 +25,7 @@ def search(priced: Matrix, slack: Matrix, bound_ms: float = np.inf) -> tuple[Pai
     return cheapest(sides, price), looked_at
 
 
+@settings(deadline=None)
 @given(st.data(), st.integers(1, MOST), st.integers(1, MOST))
 def test_the_cheapest_pair_is_found_however_loose_the_bounds(data: st.DataObject, rows: int, columns: int) -> None:
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))

@@ -25,6 +25,7 @@ from vllm_llmd.router.membership import State
 from vllm_llmd.router.policy import PolicySettings
 from vllm_llmd.router.prefix_index import Difference
 from vllm_llmd.router.request import read_facts
+from vllm_llmd.router.seen import Measured
 from vllm_llmd.router.settings import RouterSettings
 from vllm_llmd.router.usage import Usage
 from vllm_llmd.testing.clock import FakeClock
@@ -427,3 +428,22 @@ def test_the_claims_of_an_engine_that_lacks_what_is_predicted_are_cut_down_after
     for _ in range(30):
         answer(8)
     assert candidates().prefix_blocks.tolist() == [4]
+
+
+def test_what_answers_take_changes_the_rates_of_candidates_and_a_new_life_forgets_its_own(net: Wire) -> None:
+    facts = read_facts("completion", {"prompt": list(range(1, 3000))})
+
+    def candidates() -> Candidates:
+        return net.fleet.candidates(facts, net.fleet.cut(facts))
+
+    before = candidates().rates.token_ms[0]
+    for _ in range(20):
+        decision = decide(facts, candidates(), policies.make("cost", PolicySettings(1000, random.Random())))
+        assert decision is not None
+        net.fleet.answered(decision, Measured(3000.0, 4000.0, True, Usage(2999, 0, 11)))
+    assert candidates().rates.token_ms[0] > 5 * before
+    assert candidates().rates.step_ms[0] == pytest.approx(100, rel=0.1)
+    assert net.fleet.models.of(A).answers == 20
+    net.start_engine()
+    net.settle()
+    assert net.fleet.models.of(A).answers == 0

@@ -1,0 +1,216 @@
+"""How fast every engine is, learned from its reports and answers; or from everybody's where little is known of one.
+
+Pure. For each kind of time there are three models: the prior, one of all engines, and one of the engine itself.
+Whichever has lately been the least wrong about the engine is believed: odd data makes none worse than the prior.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Final, Literal
+
+from vllm_llmd.names import EngineId
+from vllm_llmd.router.candidates import OUTPUT_TOKENS, REUSE
+from vllm_llmd.router.decide import Decision
+from vllm_llmd.router.least_squares import LeastSquares
+from vllm_llmd.router.rates import PRIOR, Rates
+from vllm_llmd.router.seen import Measured, Seen
+from vllm_llmd.wire import Load
+
+What = Literal["first_byte", "step", "transfer"]
+By = Literal["prior", "fleet", "engine"]
+
+PRIORS: Final[dict[What, tuple[float, ...]]] = {
+    "first_byte": (PRIOR.base_ms, PRIOR.token_ms, PRIOR.context_ms, PRIOR.running_ms, PRIOR.waiting_ms),
+    "step": (PRIOR.step_ms, PRIOR.step_running_ms),
+    "transfer": (PRIOR.transfer_ms, PRIOR.transfer_token_ms),
+}
+
+TRANSFER_SHARE: Final = 0.25
+"""Of what was expected until the first byte: a transfer that is less of it cannot be told from errors of the rest."""
+
+ENOUGH: Final = 8
+"""Measurements before a model may be believed: more than it has coefficients."""
+
+ERROR_WEIGHT: Final = 1 / 16
+"""Of the newest measurement in a model's error: as many as are needed to tell whether an engine's index is right."""
+
+WORST: Final = 5.0
+"""An error of more, as a natural logarithm, counts as so much: one answer that hung does not decide for long."""
+
+SLOW_WEIGHT: Final = 1 / 64
+"""Of the newest answer in what is true of traffic as a whole."""
+
+COLD_WEIGHT: Final = 1 / 4
+"""Of the newest engine's first answer in what being cold costs: engines join too rarely for more to be gathered."""
+
+UNTIL_FIRST_BYTE: Final = ("queue_ms", "prefill_ms", "reload_ms", "transfer_ms", "cold_ms")
+MOST_TOKENS: Final = 1e6
+LEAST_MS: Final = 0.1
+
+MOST_MS: Final = 1e7
+"""What takes longer than three hours is not a measurement of speed."""
+
+
+@dataclass
+class Believed:
+    """Three models of one kind of time of one engine. `errors` are absolute logarithms of expected over measured."""
+
+    what: What
+    fleet: LeastSquares
+    engine: LeastSquares
+    errors: dict[By, float] = field(default_factory=lambda: {"prior": 0.0, "fleet": 0.0, "engine": 0.0})
+    measured: int = 0
+
+    @property
+    def by(self) -> By:
+        """The model that is believed."""
+        believed: By = "prior"
+        if self.fleet.count >= ENOUGH and self.measured and self.errors["fleet"] < self.errors["prior"]:
+            believed = "fleet"
+        if self.fleet.count >= ENOUGH and not self.measured:
+            believed = "fleet"
+        if self.engine.count >= ENOUGH and self.errors["engine"] < self.errors[believed]:
+            believed = "engine"
+        return believed
+
+    @property
+    def coefficients(self) -> Sequence[float]:
+        return {"prior": PRIORS[self.what], "fleet": self.fleet.coefficients, "engine": self.engine.coefficients}[
+            self.by
+        ]
+
+    def expected(self, x: Sequence[float]) -> float:
+        return sum(each * coefficient for each, coefficient in zip(x, self.coefficients, strict=True))
+
+    def learn(self, x: Sequence[float], ms: float) -> None:
+        """Judges the three by a measurement before they learn from it."""
+        if not (0 < ms < MOST_MS and all(math.isfinite(each) and each >= 0 for each in x)):
+            return
+        prior_ms = sum(each * prior for each, prior in zip(x, PRIORS[self.what], strict=True))
+        guesses: dict[By, float] = {
+            "prior": prior_ms,
+            "fleet": self.fleet.expected(x),
+            "engine": self.engine.expected(x),
+        }
+        self.measured += 1
+        weight = max(ERROR_WEIGHT, 1 / self.measured)
+        for by, guess_ms in guesses.items():
+            error = min(abs(math.log(max(guess_ms, 1e-6) / ms)), WORST)
+            self.errors[by] += weight * (error - self.errors[by])
+        self.fleet.learn(x, ms)
+        self.engine.learn(x, ms)
+
+
+@dataclass
+class EngineModel:
+    """One life of one engine. `answers` were measured."""
+
+    first_byte: Believed
+    step: Believed
+    answers: int = 0
+    reported_step_ms: float = 0.0
+
+
+class Models:
+    """Every engine's, and what they have in common: transfers, the length of answers, how much is wanted again."""
+
+    def __init__(self) -> None:
+        self._fleet: dict[What, LeastSquares] = {what: LeastSquares(priors) for what, priors in PRIORS.items()}
+        self._transfer = self._model("transfer")
+        self._engines: dict[EngineId, EngineModel] = {}
+        self._cold_ms = PRIOR.cold_ms
+        self.output_tokens = OUTPUT_TOKENS
+        self.reuse = REUSE
+
+    def of(self, engine: EngineId) -> EngineModel:
+        """The engine's; a new one if it has none."""
+        known = self._engines.get(engine)
+        if known is None:
+            known = self._engines[engine] = EngineModel(self._model("first_byte"), self._model("step"))
+        return known
+
+    def _model(self, what: What) -> Believed:
+        return Believed(what, self._fleet[what], LeastSquares(PRIORS[what]))
+
+    def left(self, engine: EngineId) -> None:
+        """Its life is over: the next one may be of another machine."""
+        self._engines.pop(engine, None)
+
+    def believed(self, engine: EngineId) -> list[Believed]:
+        """What is believed of the engine, where anything of it was measured."""
+        model = self.of(engine)
+        return [each for each in (model.first_byte, model.step) if each.measured]
+
+    def rates(self, engine: EngineId) -> Rates:
+        """How fast the engine is thought to be."""
+        model = self.of(engine)
+        base_ms, token_ms, context_ms, running_ms, waiting_ms = model.first_byte.coefficients
+        step_ms, step_running_ms = model.step.coefficients
+        transfer_ms, transfer_token_ms = self._transfer.coefficients
+        return Rates(
+            base_ms=base_ms,
+            token_ms=token_ms,
+            context_ms=context_ms,
+            running_ms=running_ms,
+            waiting_ms=waiting_ms,
+            step_ms=step_ms,
+            step_running_ms=step_running_ms,
+            transfer_ms=transfer_ms,
+            transfer_token_ms=transfer_token_ms,
+            cold_ms=0.0 if model.answers else self._cold_ms,
+        )
+
+    def reported(self, engine: EngineId, load: Load) -> None:
+        """Takes in how long its steps have been lately, if they were of decoding alone and this is news."""
+        model = self.of(engine)
+        if load.running and not load.prefill_tokens and load.step_ms != model.reported_step_ms:
+            model.reported_step_ms = load.step_ms
+            model.step.learn((1.0, load.running - 1.0), load.step_ms)
+
+    def answered(self, decision: Decision, measured: Measured) -> None:
+        """Takes in how long a request has taken."""
+        usage, seen, engine = measured.usage, decision.seen, decision.destination
+        cached_tokens = None if usage is None or decision.source is not None else usage.cached_tokens
+        if usage is not None:
+            self._note_traffic(usage.prompt_tokens, cached_tokens, usage.completion_tokens)
+        if seen is None or not measured.is_stream:
+            return
+        if decision.source is None:
+            self._first_byte(engine, first_byte_of(seen, cached_tokens), measured.first_byte_ms)
+        else:
+            self._transfer_of(decision, measured.first_byte_ms)
+        if usage is not None and usage.completion_tokens is not None and usage.completion_tokens > 1:
+            steps_ms = measured.last_byte_ms - measured.first_byte_ms
+            self.of(engine).step.learn((1.0, seen.batch), steps_ms / (usage.completion_tokens - 1))
+
+    def _first_byte(self, engine: EngineId, x: Sequence[float], ms: float) -> None:
+        """The first answer tells what being cold costs, if it can be told from what an answer takes otherwise."""
+        model = self.of(engine)
+        model.answers += 1
+        if model.answers == 1 and self._fleet["first_byte"].count >= ENOUGH and 0 < ms < MOST_MS:
+            over_ms = max(ms - model.first_byte.expected(x), 0.0)
+            self._cold_ms += COLD_WEIGHT * (over_ms - self._cold_ms)
+        else:
+            model.first_byte.learn(x, ms)
+
+    def _transfer_of(self, decision: Decision, ms: float) -> None:
+        tokens = None if decision.choice is None else decision.choice.transfer_tokens
+        until_first_byte_ms = sum(decision.terms.get(name, 0.0) for name in UNTIL_FIRST_BYTE)
+        expected_ms = decision.terms.get("transfer_ms", 0.0)
+        if tokens is None or expected_ms < TRANSFER_SHARE * until_first_byte_ms:
+            return
+        self._transfer.learn((1.0, tokens), max(ms - (until_first_byte_ms - expected_ms), LEAST_MS))
+
+    def _note_traffic(self, prompt_tokens: int, cached_tokens: int | None, output_tokens: int | None) -> None:
+        if output_tokens:
+            self.output_tokens += SLOW_WEIGHT * (min(output_tokens, MOST_TOKENS) - self.output_tokens)
+        if cached_tokens is not None and prompt_tokens > 0:
+            self.reuse += SLOW_WEIGHT * (min(cached_tokens / prompt_tokens, 1.0) - self.reuse)
+
+
+def first_byte_of(seen: Seen, cached_tokens: int | None) -> tuple[float, ...]:
+    """What decides when the first byte comes; with what was really cached, where that is known."""
+    cached = seen.cached_tokens if cached_tokens is None else float(cached_tokens)
+    own = max(seen.prompt_tokens - cached, 1.0)
+    return 1.0, seen.tokens + own, own * (cached + own / 2) / 1000, seen.batch, seen.waiting

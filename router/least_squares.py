@@ -1,0 +1,67 @@
+"""Recursive least squares with forgetting: coefficients that follow measurements, and never leave their bounds. Pure.
+
+Coefficients are kept as multiples of their priors, and errors are relative to what was expected, so that one long
+measurement does not outweigh many short ones and nothing has a unit to be tuned to.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Final
+
+FORGETTING: Final = 0.99
+"""The last 100 measurements count: traffic and with it an engine's speed change within minutes."""
+
+SPREAD: Final = 40.0
+"""Variance of a coefficient that nothing is known of, over that of a measurement: priors may well be off by twice, what
+is measured once by a third.
+"""
+
+MOST_SPREAD: Final = 4 * SPREAD
+"""Where nothing new is measured of a coefficient, forgetting makes it no less certain than this."""
+
+SURPRISE: Final = 2.0
+"""What is off by more than twice of what was expected counts as off by so much, and makes nothing more certain."""
+
+FACTOR: Final = 50.0
+"""No coefficient is further from its prior than by this factor: a GPU and a laptop are within it."""
+
+
+class LeastSquares:
+    """`expected(x)` is the sum of `x[i] * coefficients[i]`. `count` measurements were learned from."""
+
+    def __init__(self, priors: Sequence[float]) -> None:
+        self._priors = tuple(priors)
+        self._factors = [1.0] * len(priors)
+        self._spread = [[SPREAD * (row == column) for column in range(len(priors))] for row in range(len(priors))]
+        self.count = 0
+
+    @property
+    def coefficients(self) -> list[float]:
+        return [factor * prior for factor, prior in zip(self._factors, self._priors, strict=True)]
+
+    def expected(self, x: Sequence[float]) -> float:
+        return sum(each * factor * prior for each, factor, prior in zip(x, self._factors, self._priors, strict=True))
+
+    def learn(self, x: Sequence[float], y: float) -> None:
+        """Takes one measurement in. One that is no number, or not positive, is none."""
+        scale = self.expected(x)
+        if not (math.isfinite(y) and y > 0 and 0 < scale < math.inf):
+            return
+        scaled = [each * prior / scale for each, prior in zip(x, self._priors, strict=True)]
+        gained = [sum(p * s for p, s in zip(row, scaled, strict=True)) for row in self._spread]
+        certainty = FORGETTING + sum(s * g for s, g in zip(scaled, gained, strict=True))
+        surprise = y / scale - 1
+        counted = min(surprise, SURPRISE)
+        self._factors = [
+            max(1 / FACTOR, min(factor + gain / certainty * counted, FACTOR))
+            for factor, gain in zip(self._factors, gained, strict=True)
+        ]
+        self._tighten(gained, certainty * max(surprise / SURPRISE, 1.0))
+        self.count += 1
+
+    def _tighten(self, gained: Sequence[float], certainty: float) -> None:
+        """What is known after a measurement, and a little less of what was known before."""
+        size = range(len(gained))
+        spread = [[(self._spread[i][j] - gained[i] * gained[j] / certainty) / FORGETTING for j in size] for i in size]
+        over = [min(1.0, math.sqrt(MOST_SPREAD / spread[i][i])) if spread[i][i] > 0 else 0.0 for i in size]
+        self._spread = [[spread[i][j] * over[i] * over[j] for j in size] for i in size]

@@ -1,0 +1,182 @@
+"""What is learned of engines' speed, and that nonsense teaches nothing worse than the priors."""
+
+import math
+import random
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vllm_llmd.names import EngineId
+from vllm_llmd.router.decide import Decision
+from vllm_llmd.router.engine_model import ENOUGH, Models
+from vllm_llmd.router.least_squares import FACTOR, LeastSquares
+from vllm_llmd.router.policy import Choice
+from vllm_llmd.router.rates import PRIOR
+from vllm_llmd.router.seen import Measured, Seen
+from vllm_llmd.router.usage import Usage
+from vllm_llmd.wire import Load
+
+A, B = EngineId("a"), EngineId("b")
+
+
+def decision(engine: EngineId, seen: Seen, **more: object) -> Decision:
+    return Decision(engine, None, 0, 0, int(seen.prompt_tokens), {}, seen=seen, **more)  # type: ignore[arg-type]
+
+
+def some_request(rng: random.Random) -> Seen:
+    prompt = rng.randrange(100, 8000)
+    return Seen(rng.randrange(20), rng.choice([0, 0, 2]), rng.randrange(0, 5000), prompt, rng.randrange(prompt))
+
+
+def true_ms(seen: Seen) -> float:
+    """An engine that is slower than the priors have it."""
+    own = seen.prompt_tokens - seen.cached_tokens
+    return 25 + 0.4 * (seen.tokens + own) + 0.5 * seen.batch + 30 * seen.waiting
+
+
+def serve(models: Models, engine: EngineId, requests: int, ms: Callable[[Seen], float], seed: int = 0) -> None:
+    rng = random.Random(seed)
+    for _ in range(requests):
+        seen = some_request(rng)
+        first_ms = ms(seen)
+        usage = Usage(int(seen.prompt_tokens), int(seen.cached_tokens), 101)
+        models.answered(decision(engine, seen), Measured(first_ms, first_ms + 100 * (30 + seen.batch), True, usage))
+
+
+def test_an_engines_speed_is_learned_from_its_answers() -> None:
+    models = Models()
+    serve(models, A, 200, true_ms)
+    rates = models.rates(A)
+    assert rates.token_ms == pytest.approx(0.4, rel=0.05)
+    assert rates.step_ms + 10 * rates.step_running_ms == pytest.approx(40, rel=0.1)
+    assert models.of(A).first_byte.by != "prior" and models.of(A).first_byte.errors["engine"] < 0.05
+
+
+def test_an_engine_that_becomes_slower_is_followed() -> None:
+    models = Models()
+    serve(models, A, 300, true_ms)
+    serve(models, A, 500, lambda seen: 3 * true_ms(seen))
+    assert models.rates(A).token_ms == pytest.approx(1.2, rel=0.2)
+
+
+def test_a_new_engine_is_taken_to_be_like_the_others() -> None:
+    models = Models()
+    serve(models, A, 100, true_ms)
+    assert models.of(B).first_byte.by == "fleet"
+    assert models.rates(B).token_ms == pytest.approx(0.4, rel=0.1)
+
+
+def test_an_engine_unlike_the_others_is_known_for_itself() -> None:
+    models = Models()
+    for seed in range(30):
+        serve(models, A, 10, true_ms, seed)
+        serve(models, B, 10, lambda seen: true_ms(seen) / 8, seed)
+    assert models.rates(A).token_ms / models.rates(B).token_ms == pytest.approx(8, rel=0.3)
+
+
+def test_a_later_life_of_an_engine_starts_from_what_all_have_in_common() -> None:
+    models = Models()
+    serve(models, A, 100, true_ms)
+    models.left(A)
+    assert models.of(A).answers == 0 and models.of(A).first_byte.by == "fleet"
+
+
+def test_too_few_measurements_change_nothing() -> None:
+    models = Models()
+    serve(models, A, ENOUGH - 1, true_ms)
+    assert models.rates(A).token_ms == PRIOR.token_ms
+
+
+def test_slow_first_answers_make_new_engines_count_as_cold() -> None:
+    models = Models()
+    serve(models, A, 50, true_ms)
+    assert models.rates(B).cold_ms == 0
+    serve(models, B, 1, lambda seen: true_ms(seen) + 400)
+    assert models.rates(B).cold_ms == 0 and models.rates(EngineId("c")).cold_ms == pytest.approx(100, rel=0.3)
+
+
+def test_steps_are_learned_from_load_reports_of_decoding_alone() -> None:
+    models = Models()
+    for running in (*range(1, 20), *range(19, 0, -1)):
+        models.reported(A, Load(running=running, step_ms=40 + 2.0 * (running - 1)))
+        models.reported(A, Load(running=running, step_ms=900.0, prefill_tokens=1))
+        models.reported(A, Load(step_ms=900.0))
+    rates = models.rates(A)
+    assert rates.step_ms + 9 * rates.step_running_ms == pytest.approx(58, rel=0.1)
+
+
+def test_transfers_are_learned_where_they_are_much_of_what_is_waited_for() -> None:
+    models, seen = Models(), Seen(0, 0, 0, 4000, 0)
+    terms = {"queue_ms": 10.0, "prefill_ms": 10.0, "transfer_ms": 20.0}
+    for tokens in (500.0, 1000.0, 2000.0, 4000.0) * 20:
+        made = Decision(B, A, 0, 0, 4000, terms, choice=Choice(0, 1, None, tokens), seen=seen)
+        models.answered(made, Measured(20 + 4 + 0.05 * tokens, 1000, True, None))
+    assert models.rates(A).transfer_token_ms == pytest.approx(0.05, rel=0.1)
+    hidden = Decision(B, A, 0, 0, 4000, terms | {"prefill_ms": 900.0}, choice=Choice(0, 1, None, 1.0), seen=seen)
+    models.answered(hidden, Measured(9999, 9999, True, None))
+    assert models.rates(A).transfer_token_ms == pytest.approx(0.05, rel=0.1)
+
+
+def test_answers_that_are_no_streams_do_not_say_when_they_began() -> None:
+    models = Models()
+    models.answered(decision(A, Seen(0, 0, 0, 100, 0)), Measured(9000, 9000, False, Usage(100, 50, 500)))
+    assert models.of(A).first_byte.measured == 0
+    assert models.output_tokens > 128 and models.reuse > 0.1
+
+
+odd = st.one_of(st.floats(), st.sampled_from([0.0, -1.0, 1e300, 1e-300, math.nan, math.inf, 5.0]))
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(odd, odd, odd, st.floats(0, 1e5), st.floats(0, 1e5), st.integers(0, 10**12)), max_size=60))
+def test_whatever_is_measured_rates_are_positive_numbers_near_the_priors(
+    measured: list[tuple[float, float, float, float, float, int]],
+) -> None:
+    models = Models()
+    for first_ms, last_ms, batch, tokens, cached, made in measured:
+        seen = Seen(batch, 0, tokens, tokens, cached)
+        models.answered(decision(A, seen), Measured(first_ms, last_ms, True, Usage(5, 3, made)))
+        models.reported(A, Load(running=made % 7, step_ms=first_ms))
+    for name in ("base_ms", "token_ms", "context_ms", "running_ms", "waiting_ms", "step_ms", "step_running_ms"):
+        learned, prior = getattr(models.rates(A), name), getattr(PRIOR, name)
+        assert prior / FACTOR * 0.999 <= learned <= prior * FACTOR * 1.001
+    assert 0 <= models.rates(B).cold_ms < math.inf and 0 < models.output_tokens <= 1e6 and 0 <= models.reuse <= 1
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 2**32), st.sampled_from([0.1, 1.0, 3.0]))
+def test_of_noise_nothing_is_believed_that_is_worse_than_the_prior(seed: int, noise: float) -> None:
+    """Measured in hindsight, as the choice between models is made."""
+    chance, models = np.random.default_rng(seed), Models()
+    serve(models, A, 60, lambda seen: float(math.exp(chance.normal(0, noise)) * 50), seed % 1000)
+    believed = models.of(A).first_byte
+    assert believed.errors[believed.by] <= believed.errors["prior"]
+
+
+def test_coefficients_follow_measurements_of_any_scale() -> None:
+    rng, learner = random.Random(0), LeastSquares((10.0, 0.1))
+    for _ in range(300):
+        x = (1.0, rng.choice([1.0, 100.0, 10_000.0]))
+        learner.learn(x, (3 + 0.02 * x[1]) * rng.uniform(0.9, 1.1))
+    assert learner.coefficients == pytest.approx([3, 0.02], rel=0.1)
+
+
+def test_coefficients_of_what_does_not_vary_stay_bounded_for_ever() -> None:
+    learner = LeastSquares((10.0, 0.1))
+    for _ in range(20_000):
+        learner.learn((1.0, 0.0), 20.0)
+    assert learner.coefficients == pytest.approx([20, 0.1], rel=0.01)
+    for _ in range(50):
+        learner.learn((1.0, 100.0), 40.0)
+    assert learner.coefficients == pytest.approx([20, 0.2], rel=0.2)
+
+
+@pytest.mark.parametrize("y", [math.nan, math.inf, 0.0, -5.0])
+def test_what_is_not_a_time_is_not_learned_from(y: float) -> None:
+    learner = LeastSquares((10.0, 0.1))
+    learner.learn((1.0, 1.0), y)
+    learner.learn((0.0, 0.0), 1.0)
+    assert learner.count == 0 and learner.coefficients == [10.0, 0.1]
