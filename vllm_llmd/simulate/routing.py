@@ -8,6 +8,7 @@ from vllm_llmd.router.decide import Decision, decide
 from vllm_llmd.router.fleet import Fleet
 from vllm_llmd.router.policy import Policy
 from vllm_llmd.router.request import Facts
+from vllm_llmd.router.seen import Measured
 from vllm_llmd.router.settings import RouterSettings
 from vllm_llmd.simulate.trace import Tokens
 from vllm_llmd.wire import LinkMessage
@@ -46,3 +47,7 @@ class Routing:
     def done(self, request: str, decision: Decision) -> None:
         """The answer has ended."""
         self._fleet.done(request, decision)
+
+    def answered(self, decision: Decision, measured: Measured) -> None:
+        """What the answer tells of the engines' speed."""
+        self._fleet.answered(decision, measured)

@@ -13,6 +13,8 @@ from vllm_llmd.errors import ConfigError
 from vllm_llmd.kernels.hash_chain_cpu import chain_names
 from vllm_llmd.names import BlockName, EngineId
 from vllm_llmd.router.decide import Decision
+from vllm_llmd.router.seen import Measured
+from vllm_llmd.router.usage import Usage
 from vllm_llmd.sim.requests import Report, SimRequest
 from vllm_llmd.sim.transfer import Transfer, order_tokens
 from vllm_llmd.simulate.events import Events
@@ -163,6 +165,7 @@ class Simulation:
                 continue
             asked = self._asked.pop(request.id)
             self._routing.done(request.id, asked.decision)
+            self._routing.answered(asked.decision, _measured(asked.outcome, request))
             self._unfinished -= 1
 
     def _note_computed(self, member: Member, request: SimRequest) -> None:
@@ -216,3 +219,10 @@ class Simulation:
             order.member.model.supplied(order.request.id, 0, self._events.now_ms())
             self._stirred(order.member)
             self._played.given_up += 1
+
+
+def _measured(outcome: Outcome, request: SimRequest) -> Measured:
+    """A finished answer, as the router would see it streamed."""
+    first_ms, last_ms = outcome.first_ms or outcome.at_ms, outcome.last_ms or outcome.at_ms
+    usage = Usage(request.prompt_tokens, request.cached_tokens, request.made)
+    return Measured(first_ms - outcome.at_ms, last_ms - outcome.at_ms, True, usage)
