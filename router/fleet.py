@@ -308,7 +308,14 @@ class Fleet:
         if session is not None:
             believed = self.sessions.supposed(session, roster, facts.prompt_tokens, believed)
         return Candidates(
-            roster, believed, offloaded, prefix_blocks, Loads.of(roster.engines), RateColumns.of(roster.engines)
+            roster,
+            believed,
+            offloaded,
+            prefix_blocks,
+            Loads.of(roster.engines),
+            RateColumns.of(roster.engines),
+            self.models.output_tokens,
+            self.models.reuse,
         )
 
     def place(self, request: str, decision: Decision, chunks: Chunks) -> None:

@@ -442,6 +442,7 @@ def test_what_answers_take_changes_the_rates_of_candidates_and_a_new_life_forget
         assert decision is not None
         net.fleet.answered(decision, Measured(3000.0, 4000.0, True, Usage(2999, 0, 11)))
     assert candidates().rates.token_ms[0] > 5 * before
+    assert candidates().output_tokens < 110 and candidates().reuse < 0.1
     assert candidates().rates.step_ms[0] == pytest.approx(100, rel=0.1)
     assert net.fleet.models.of(A).answers == 20
     net.start_engine()
