@@ -226,6 +226,7 @@ async def test_a_router_that_stops_sends_away_who_waits(site: Site) -> None:
     stopping = asyncio.ensure_future(asyncio.to_thread(site.router.end, signal.SIGTERM))
     response = await waiting
     assert (response.status, response.headers["x-llmd-reason"]) == (503, "shutting-down")
+    await response.read()
     assert await finish(engine, *first) == [200] * 2
     assert await stopping == 0
 

@@ -11,6 +11,7 @@ import pytest
 
 from vllm_llmd.testing.fake_stock_engine import FakeStockEngine
 from vllm_llmd.testing.site import COMPLETIONS, DEADLINE_S, Router, Site, until
+from vllm_llmd.wire import Load
 
 FAST = ("--heartbeat-ms", "50", "--stale-after-ms", "2000", "--gone-after-ms", "4000")
 PROMPT = list(range(100, 140))
@@ -155,6 +156,8 @@ async def test_a_stock_engine_gets_no_hint_and_is_never_a_source(stock: Site, en
 async def test_a_prompt_of_token_ids_goes_to_the_engine_that_has_it(stock: Site, engine: FakeStockEngine) -> None:
     linked = await stock.engine("a", models=("stock",), block_size=4)
     await stock.ready(linked)
+    linked.load = Load(waiting=100)  # more than the stock engine says of itself
+    await until(stock.admin_engines, lambda engines: 100 in [each["load"]["waiting"] for each in engines])
     await ready(stock, engine)
     await engine.publish(engine.stored(PROMPT))
     await index_equals_truth(stock, engine)
