@@ -237,20 +237,19 @@ class SchedulerSide:
         if self._pool.published:
             self._handed_on += events
         change = self._namer.apply(to_block_events(events, self._facts.naming_group))
-        if change:
-            self._link.publish(change.cleared, list(change.removed), list(change.stored))
+        self._publish({"gpu": change})
 
     def _see_offloaded(self, events: list[Any]) -> None:
         """Block events of all connectors, after a step."""
         told = to_offloaded(events, self._facts.naming_group)
         if told:
-            self._publish_offloaded(self._offloaded.apply(told))
+            self._publish(self._offloaded.apply(told))
 
     def offloaded_cleared(self) -> None:
         """vLLM has had every connector forget what it keeps, and no event tells of it."""
-        self._publish_offloaded(self._offloaded.clear())
+        self._publish(self._offloaded.clear())
 
-    def _publish_offloaded(self, changes: Mapping[Tier, NetChange]) -> None:
+    def _publish(self, changes: Mapping[Tier, NetChange]) -> None:
         for tier, change in changes.items():
             self._link.publish(change.cleared, list(change.removed), list(change.stored), tier)
 

@@ -148,10 +148,7 @@ class Fleet:
         replies = [Reply(sender, wire.Welcome(self._life, self._settings.heartbeat_ms))]
         if self.membership.join(info, now_ms):
             self._cursors[info.id] = Cursor(self._settings.snapshot_retry_ms)
-            self.index.clear_engine(info.id)
-            self.health.forget(info.id)
-            self.truth.joined(info.id, info.epoch)
-            self.models.left(info.id)
+            self._begin_life(info)
             return [*replies, *self._act(info.id, self._cursors[info.id].lose("joined", now_ms))]
         return [*replies, Reply(sender, wire.Members(self.membership.infos())), *self._heard(info.id, now_ms)]
 
@@ -220,6 +217,13 @@ class Fleet:
             adapter = adapter_of(engine.info, guess.model)
             self.agreement.compare(guess, engine.info.block_size, adapter, names)
 
+    def _begin_life(self, info: wire.EngineInfo) -> None:
+        """Whatever an earlier life held, failed at or taught counts no more."""
+        self.index.clear_engine(info.id)
+        self.health.forget(info.id)
+        self.truth.joined(info.id, info.epoch)
+        self.models.left(info.id)
+
     def _forget(self, engine: EngineId) -> None:
         self.index.forget_engine(engine)
         self.health.forget(engine)
@@ -241,10 +245,7 @@ class Fleet:
         """What is known of a stock engine now. True if this is a new life, of which nothing is indexed yet."""
         if info.id in self._cursors or not self.membership.join(info, self._clock.now_ms(), stock):
             return False
-        self.index.clear_engine(info.id)
-        self.health.forget(info.id)
-        self.truth.joined(info.id, info.epoch)
-        self.models.left(info.id)
+        self._begin_life(info)
         return True
 
     def take_stock_suspect(self, engine: EngineId) -> bool:

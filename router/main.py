@@ -18,6 +18,7 @@ from typing import Any
 import uvloop
 from aiohttp import web
 
+from vllm_llmd import program
 from vllm_llmd.clock import MonotonicClock
 from vllm_llmd.errors import ConfigError
 from vllm_llmd.kernels import (
@@ -42,7 +43,7 @@ log = logging.getLogger(__name__)
 
 def run(settings: RouterSettings) -> int:
     """Serves until SIGTERM or SIGINT; returns the exit status. Raises ConfigError if it cannot listen."""
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    program.log_to_stderr()
     return uvloop.run(serve(settings))
 
 
@@ -103,8 +104,7 @@ async def _listen(runner: web.AppRunner, settings: RouterSettings) -> str:
         await site.start()
     except OSError as error:
         raise ConfigError(f"host and port must be free to listen on: {error}") from None
-    host, port = runner.addresses[0][:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    return program.http_url(runner.addresses[0][:2])
 
 
 async def _until_told_to_stop(*jobs: Coroutine[Any, Any, None]) -> int:
@@ -129,12 +129,7 @@ async def _until_told_to_stop(*jobs: Coroutine[Any, Any, None]) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="vllm-llmd router", description="OpenAI front door that knows the KV cache")
     add_arguments(parser)
-    args = parser.parse_args()
-    try:
-        return run(from_args(args))
-    except ConfigError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
+    return program.main(parser, lambda args: run(from_args(args)))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The router's metrics. Owns its own registry, so that several routers can live in one process."""
 
 from collections import Counter as Tally
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import product
 from typing import Literal, get_args
@@ -14,7 +14,7 @@ from vllm_llmd.names import TIERS
 from vllm_llmd.router.fleet import Fleet
 from vllm_llmd.router.flow import Flow
 from vllm_llmd.router.health import Circuit
-from vllm_llmd.router.membership import State
+from vllm_llmd.router.membership import Engine, State
 from vllm_llmd.router.truth import Trust
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -48,6 +48,17 @@ class _FleetCollector(Collector):
                 by_state.add_metric([state.value], states[state])
         yield by_state
         yield from self._health()
+        yield from self._index(engines)
+        yield from self._truth(engines)
+        yield from self._models(engines)
+        yield GaugeMetricFamily(
+            "vllm_llmd_sessions", "Sessions named by clients and remembered", value=float(len(self._fleet.sessions))
+        )
+        yield GaugeMetricFamily(
+            "vllm_llmd_text_chunks", "Entries in the text index", value=float(len(self._fleet.texts))
+        )
+
+    def _index(self, engines: Sequence[Engine]) -> Iterator[GaugeMetricFamily | CounterMetricFamily]:
         blocks = GaugeMetricFamily("vllm_llmd_index_blocks", "Blocks in the prefix index", labels=["engine", "tier"])
         for engine, tier in product(engines, TIERS):
             held = self._fleet.index.contents(engine.info.id, tier).blocks
@@ -66,6 +77,8 @@ class _FleetCollector(Collector):
         for engine_id, count in self._fleet.repaired.items():
             repaired.add_metric([engine_id], count)
         yield repaired
+
+    def _truth(self, engines: Sequence[Engine]) -> Iterator[GaugeMetricFamily | CounterMetricFamily]:
         untold = CounterMetricFamily(
             "vllm_llmd_answers_without_cached_tokens",
             "Answers that did not say how much of the prompt was cached",
@@ -89,6 +102,8 @@ class _FleetCollector(Collector):
         for result, count in self._fleet.agreement.counts.items():
             names.add_metric([result], count)
         yield names
+
+    def _models(self, engines: Sequence[Engine]) -> Iterator[GaugeMetricFamily]:
         wrong = GaugeMetricFamily(
             "vllm_llmd_model_error",
             "Mean absolute natural logarithm of expected over measured time; 0.1 is about a tenth off",
@@ -98,12 +113,6 @@ class _FleetCollector(Collector):
             for believed in self._fleet.models.believed(engine.info.id):
                 wrong.add_metric([engine.info.id, believed.what, believed.by], believed.errors[believed.by])
         yield wrong
-        yield GaugeMetricFamily(
-            "vllm_llmd_sessions", "Sessions named by clients and remembered", value=float(len(self._fleet.sessions))
-        )
-        yield GaugeMetricFamily(
-            "vllm_llmd_text_chunks", "Entries in the text index", value=float(len(self._fleet.texts))
-        )
 
     def _health(self) -> Iterator[GaugeMetricFamily | CounterMetricFamily]:
         draining = GaugeMetricFamily(

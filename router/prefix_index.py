@@ -6,7 +6,7 @@ a bank costs memory only for blocks that its own engines hold. Not to be called 
 
 import heapq
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import reduce
 
@@ -65,28 +65,15 @@ Tiers = dict[Tier, Bank]
 class Depths:
     """What a match has found: on the GPU, and in any tier. To be read before the index changes."""
 
-    seats: Mapping[EngineId, _Seat]
     on_gpu: AllDepths
     in_any_tier: AllDepths
 
-    def of(self, engine: EngineId) -> int:
-        """How many blocks from the start the engine has on its GPU."""
-        return self._at(engine, self.on_gpu)
-
-    def with_offloaded(self, engine: EngineId) -> int:
-        """How many blocks from the start the engine need not compute: each is in some tier."""
-        return self._at(engine, self.in_any_tier)
-
-    def _at(self, engine: EngineId, depths: AllDepths) -> int:
-        seat = self.seats.get(engine)
-        return 0 if seat is None else int(depths[seat.bank, seat.number])
-
     def at(self, places: Places) -> npt.NDArray[np.int64]:
-        """`of` for many engines, by their places."""
+        """How many blocks from the start the engines at these places have on their GPU."""
         return self.on_gpu.ravel()[places].astype(np.int64)
 
     def with_offloaded_at(self, places: Places) -> npt.NDArray[np.int64]:
-        """`with_offloaded` for many engines, by their places."""
+        """How many blocks from the start they need not compute: each is in some tier."""
         return self.in_any_tier.ravel()[places].astype(np.int64)
 
 
@@ -138,30 +125,29 @@ class PrefixIndex:
         """Makes `held` exactly what the engine holds, tier by tier. Returns how far the index was off."""
         self._without_room.pop(engine, None)
         wrong = Difference(0, 0)
-        for tier in TIERS:
-            removed, stored = self._difference(engine, tier, held.get(tier, NO_NAMES))
-            self.apply(engine, removed, stored, tier)
-            wrong += Difference(len(stored), len(removed))
+        for tier, extra, missing in self._differences(engine, held):
+            self.apply(engine, extra, missing, tier)
+            wrong += Difference(len(missing), len(extra))
         return wrong
 
     def compare(self, engine: EngineId, held: Mapping[Tier, Names]) -> Difference:
         """How far the index is off if `held` is exactly what the engine holds, tier by tier."""
-        wrong = Difference(0, 0)
-        for tier in TIERS:
-            extra, missing = self._difference(engine, tier, held.get(tier, NO_NAMES))
-            wrong += Difference(len(missing), len(extra))
-        return wrong
+        found = self._differences(engine, held)
+        return sum((Difference(len(missing), len(extra)) for _, extra, missing in found), Difference(0, 0))
 
-    def _difference(self, engine: EngineId, tier: Tier, names: Names) -> tuple[Names, Names]:
-        held, wanted = self.held(engine, tier), _distinct(names)
-        return np.setdiff1d(held, wanted, assume_unique=True), np.setdiff1d(wanted, held, assume_unique=True)
+    def _differences(self, engine: EngineId, held: Mapping[Tier, Names]) -> Iterator[tuple[Tier, Names, Names]]:
+        """Of each tier what the index has beyond `held`, and what it lacks."""
+        for tier in TIERS:
+            known, wanted = self.held(engine, tier), _distinct(held.get(tier, NO_NAMES))
+            extra = np.setdiff1d(known, wanted, assume_unique=True)
+            yield tier, extra, np.setdiff1d(wanted, known, assume_unique=True)
 
     def match(self, names: Names) -> Depths:
         """How many blocks from the start of `names` each engine holds without a hole."""
         on_gpu = np.zeros((len(self._banks), BANK_ENGINES), np.int32)
         for number, tiers in enumerate(self._banks):
             tiers["gpu"].match(names, on_gpu[number])
-        return Depths(self._seats, on_gpu, self._with_offloaded(names, on_gpu))
+        return Depths(on_gpu, self._with_offloaded(names, on_gpu))
 
     def _with_offloaded(self, names: Names, on_gpu: AllDepths) -> AllDepths:
         """The depths in any tier, which are those on the GPU where nothing is offloaded."""

@@ -55,9 +55,10 @@ def test_the_index_answers_as_a_plain_set_per_engine_and_tier_would(
         for tier in TIERS:
             assert set(index.held(engine, tier).tolist()) == holds[tier]
             assert index.contents(engine, tier).blocks == len(holds[tier])
+        places = index.places([engine])
         depths = index.match(of(prompt))
-        assert depths.of(engine) == depth(prompt, holds["gpu"])
-        assert depths.with_offloaded(engine) == depth(prompt, set().union(*holds.values()))
+        assert depths.at(places).tolist() == [depth(prompt, holds["gpu"])]
+        assert depths.with_offloaded_at(places).tolist() == [depth(prompt, set().union(*holds.values()))]
 
 
 def depth(prompt: list[int], held: set[int]) -> int:
@@ -70,7 +71,7 @@ def test_engines_beyond_a_bank_are_told_apart() -> None:
     for number, engine in enumerate(fleet):
         index.apply(engine, of([]), of(list(range(1, number + 2))))
     depths = index.match(of(list(range(1, 1000))))
-    assert [depths.of(engine) for engine in fleet] == list(range(1, len(fleet) + 1))
+    assert depths.at(index.places(fleet)).tolist() == list(range(1, len(fleet) + 1))
     some = [fleet[-1], fleet[0], fleet[70]]
     assert depths.at(index.places(some)).tolist() == [len(fleet), 1, 71]
 
@@ -105,7 +106,7 @@ def test_a_newcomer_takes_the_place_of_one_that_is_gone_and_nothing_of_it() -> N
     index.forget_engine(A)
     index.apply(C, of([]), of([2]))
     depths = index.match(of([1, 2]))
-    assert [depths.of(engine) for engine in (A, B, C)] == [0, 2, 0]
+    assert depths.at(index.places((A, B, C))).tolist() == [0, 2, 0]
     assert (index.contents(A), index.contents(C)) == (Contents(0, 0), Contents(1, 2))
     assert len(index._banks) == 1
 

@@ -17,6 +17,7 @@ import zmq
 import zmq.asyncio
 from aiohttp import web
 
+from vllm_llmd import program
 from vllm_llmd.errors import ConfigError
 from vllm_llmd.kernels import hash_chain_cpu
 from vllm_llmd.names import EngineId
@@ -33,7 +34,7 @@ DRAIN_POLL_MS = 20
 
 def run(settings: SimSettings) -> int:
     """Serves until SIGTERM or SIGINT; returns the exit status. Raises ConfigError if it cannot listen."""
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    program.log_to_stderr()
     return uvloop.run(serve(settings))
 
 
@@ -137,8 +138,7 @@ class SimFleet:
         except ConfigError:
             await runner.cleanup()
             raise
-        host, port = runner.addresses[0][:2]
-        engine.start(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}", events)
+        engine.start(program.http_url(runner.addresses[0][:2]), events)
         replaying = None if events is None else asyncio.create_task(events.replay())
         return _Running(engine, server, runner, replaying)
 
@@ -153,12 +153,7 @@ class SimFleet:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="vllm-llmd sim-engine", description="engines without a model or a GPU")
     add_arguments(parser)
-    args = parser.parse_args()
-    try:
-        return run(from_args(args))
-    except ConfigError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
+    return program.main(parser, lambda args: run(from_args(args)))
 
 
 if __name__ == "__main__":
