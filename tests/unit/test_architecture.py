@@ -13,7 +13,7 @@ FOLDERS = ("vllm_llmd", "kv_connector", "router", "kernels")
 TOP_LEVEL = ("kernels", "kv_connector", "router")
 """Folders that are packages inside `vllm_llmd`, and must not be imported by their bare names."""
 
-VALUES = ("names", "wire", "errors", "clock", "settings")
+VALUES = ("names", "wire", "wire_link", "wire_peer", "errors", "clock", "settings")
 """Modules of `vllm_llmd` that everything may import, and that import nothing but each other."""
 
 IO = {
@@ -121,6 +121,8 @@ PURE = (
     "vllm_llmd/names.py",
     "vllm_llmd/errors.py",
     "vllm_llmd/wire.py",
+    "vllm_llmd/wire_link.py",
+    "vllm_llmd/wire_peer.py",
 )
 
 HOMES: dict[str, tuple[str, ...]] = {
