@@ -1,6 +1,7 @@
 """The answers that the router itself gives, in OpenAI's shapes."""
 
 import json
+from collections.abc import Mapping
 from typing import Any, Final
 
 from aiohttp import web
@@ -25,6 +26,15 @@ def error(status: int, text: str, code: str | None = None, param: str | None = N
     if status == 401:
         response.headers["WWW-Authenticate"] = "Bearer"
     return response
+
+
+def models(longest: Mapping[str, int], created_s: int) -> dict[str, Any]:
+    """OpenAI's list of models, in the form that vLLM gives it: names, and how many tokens a request may have."""
+    data = [
+        {"id": model, "object": "model", "created": created_s, "owned_by": "vllm-llmd", "max_model_len": length}
+        for model, length in sorted(longest.items())
+    ]
+    return {"object": "list", "data": data}
 
 
 _SHED: Final[dict[Reason, tuple[int, str, str]]] = {

@@ -17,7 +17,7 @@ _NOTHING = Facts(None, None, b"", b"", 0, None)
 
 
 class Routing:
-    """Does for a request what `router/front.py` does, without HTTP."""
+    """Does for a request what `router/dispatch.py` does, without HTTP."""
 
     def __init__(self, settings: RouterSettings, clock: Clock, policy: Policy) -> None:
         self._fleet = Fleet(settings, clock, "simulated")

@@ -1,0 +1,79 @@
+"""One client request on its way through the router, and what of it an engine is sent."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from aiohttp import web
+
+from vllm_llmd.names import EngineId
+from vllm_llmd.router import rewrite
+from vllm_llmd.router.begun import Begun
+from vllm_llmd.router.decide import Decision
+from vllm_llmd.router.failover import Way
+from vllm_llmd.router.membership import Engine
+from vllm_llmd.router.request import Facts
+from vllm_llmd.router.slo import Wish
+from vllm_llmd.router.text_index import Chunks
+from vllm_llmd.router.upstream import Attempt
+
+Asking = tuple[bytes, Mapping[str, Any]]
+"""A request, raw and parsed, with the usage of its stream asked for."""
+
+
+@dataclass
+class Call:
+    """One client request. `asking` is the request with the usage of its stream asked for, where there is a way to.
+
+    `way` is how its stream is continued if it breaks, None where it cannot be. Once its answer has begun, `begun` is
+    what the client gets.
+    """
+
+    id: str
+    http: web.Request
+    raw: bytes
+    body: dict[str, Any]
+    facts: Facts
+    chunks: Chunks
+    began_ms: float
+    asking: Asking | None
+    wish: Wish
+    way: Way | None
+    session: str | None = None
+    begun: Begun | None = None
+    tried: list[EngineId] = field(default_factory=list)
+
+    @property
+    def breaks(self) -> int:
+        """How many engines have failed midway and left it to others to go on."""
+        return self.begun.told.breaks if self.begun is not None and self.begun.told is not None else 0
+
+
+def attempt_at(engine: Engine, call: Call, decision: Decision, asking: Asking | None) -> Attempt:
+    """What an engine is sent. One without our plugin gets no hint: it would not understand it."""
+    raw, body = asking or (call.raw, call.body)
+    if engine.info.priorities:
+        raw, body = rewrite.with_priority(raw, body, call.wish.priority)
+    traced = call.way is not None and engine.stock is None
+    if traced:
+        raw = rewrite.asking_for_token_ids(raw, body)
+    if call.begun is not None and call.begun.told is not None:
+        raw = call.begun.told.rest(raw)
+    if engine.stock is None:
+        sent = rewrite.with_hint(raw, body, {"llmd": _hint(call.id, decision)})
+    else:
+        sent = rewrite.without_hint(raw, body)
+    headers = rewrite.request_headers(call.http.headers.items(), call.id)
+    if asking is not None or traced:
+        headers = rewrite.uncompressed(headers)
+    if engine.stock is not None and engine.stock.rank is not None:
+        headers = rewrite.for_rank(headers, engine.stock.rank)
+    return Attempt(engine.info.http.rstrip("/") + call.http.path, headers, sent)
+
+
+def _hint(request: str, decision: Decision) -> dict[str, Any]:
+    if decision.source is None:
+        return {"request": request}
+    if decision.source_until is None:
+        return {"request": request, "source": decision.source}
+    return {"request": request, "sources": [{"engine": decision.source, "until": decision.source_until}]}

@@ -1,0 +1,139 @@
+"""Finds an engine for a request and asks it; what fails before its first byte is tried elsewhere, within a budget."""
+
+import asyncio
+import logging
+import random
+from collections.abc import AsyncIterator
+
+import aiohttp
+from aiohttp import web
+
+from vllm_llmd.clock import Clock
+from vllm_llmd.names import EngineId
+from vllm_llmd.router import policies, replies, rewrite, upstream
+from vllm_llmd.router.call import Call, attempt_at
+from vllm_llmd.router.decide import Decision, decide
+from vllm_llmd.router.feedback import Feedback, Sent
+from vllm_llmd.router.fleet import Fleet
+from vllm_llmd.router.observe import Metrics
+from vllm_llmd.router.policy import PolicySettings
+from vllm_llmd.router.relay import Relay
+from vllm_llmd.router.retries import RetryBudget, pause_ms
+from vllm_llmd.router.settings import RouterSettings
+from vllm_llmd.router.upstream import Answer, Failure
+from vllm_llmd.router.waiting_room import WaitingRoom
+
+log = logging.getLogger(__name__)
+
+
+class Dispatcher:
+    """`serve` a request once `room` has let it in."""
+
+    def __init__(
+        self, settings: RouterSettings, fleet: Fleet, metrics: Metrics, clock: Clock, room: WaitingRoom
+    ) -> None:
+        self._fleet = fleet
+        self._metrics = metrics
+        self._clock = clock
+        self._room = room
+        self._rng = random.Random()
+        self._policy = policies.make(settings.policy, PolicySettings(settings.min_remote_tokens, random.Random()))
+        self._attempts = settings.attempts
+        self._connect_timeout_ms = settings.connect_timeout_ms
+        self._retries = RetryBudget(settings.retry_percent)
+        self._feedback = Feedback(fleet, metrics, clock)
+        self._relay = Relay(settings.continuations, fleet, metrics, clock)
+        self._session: aiohttp.ClientSession | None = None
+
+    async def keep_session(self, _: web.Application) -> AsyncIterator[None]:
+        """Connections to engines are open for as long as the application runs."""
+        self._session = upstream.open_session(self._connect_timeout_ms)
+        yield
+        await self._session.close()
+
+    def began(self) -> None:
+        """A request has come."""
+        self._retries.began()
+
+    def ended(self) -> None:
+        """A request is over, whether it was served or not."""
+        self._retries.ended(self._clock.now_ms())
+
+    async def serve(self, call: Call) -> web.StreamResponse:
+        """The answer that the client gets, sent to its end."""
+        failure: Failure | None = None
+        while len(call.tried) < self._attempts + call.breaks:
+            if failure is not None:
+                await asyncio.sleep(pause_ms(len(call.tried), self._rng) / 1000)
+            candidates = self._fleet.candidates(call.facts, call.chunks, self._spared(call), call.session)
+            decision = decide(call.facts, candidates, self._policy)
+            if decision is None or (failure is not None and not self._may_retry()):
+                break
+            outcome = await self._attempt(call, decision)
+            if not isinstance(outcome, Failure):
+                return outcome
+            failure = outcome
+            call.tried.append(decision.destination)
+            self._fleet.health.failed(decision.destination, self._clock.now_ms())
+            if not failure.midway:
+                self._metrics.retries.labels(decision.destination).inc()
+            log.warning("request %s: engine %s failed (%s)", call.id, decision.destination, failure.reason)
+        return self._give_up(failure) if call.begun is None else await self._relay.break_off(call, call.begun)
+
+    def _spared(self, call: Call) -> list[EngineId]:
+        """Engines that the request may not go to: those that it was tried on, and that would go on in another way."""
+        if call.begun is None:
+            return call.tried
+        alike = call.begun.fingerprint
+        engines = self._fleet.membership.all()
+        others = [each.info.id for each in engines if each.stock is not None or each.info.fingerprint != alike]
+        return [*call.tried, *others]
+
+    def _may_retry(self) -> bool:
+        may = self._retries.take(self._clock.now_ms())
+        if not may:
+            self._metrics.retries_refused.inc()
+        return may
+
+    async def _attempt(self, call: Call, decision: Decision) -> web.StreamResponse | Failure:
+        engine = self._fleet.membership.get(decision.destination)
+        assert engine is not None and self._session is not None
+        self._fleet.place(call.id, decision, call.chunks)
+        sent = self._feedback.sending(call, engine, decision)
+        asking = call.asking if engine.takes_stream_options else None
+        try:
+            async with upstream.ask(self._session, attempt_at(engine, call, decision, asking)) as answer:
+                if isinstance(answer, Failure):
+                    return answer
+                if asking is None or not answer.refuses(rewrite.STREAM_OPTIONS):
+                    return await self._answer(sent, answer, asking is not None)
+                engine.takes_stream_options = False
+        finally:
+            self._fleet.done(call.id, decision)
+            self._room.look(decision.destination, decision.source)
+        return await self._attempt(call, decision)
+
+    async def _answer(self, sent: Sent, answer: Answer, asked_for_usage: bool) -> web.StreamResponse | Failure:
+        """The answer has begun: it goes on to the client."""
+        call, engine, decision = sent.call, sent.engine, sent.decision
+        self._fleet.answering(call.id, decision)
+        self._room.look(decision.destination, decision.source)
+        self._feedback.answering(sent, answer)
+        if call.begun is not None:
+            return await self._relay.go_on(call, call.begun, engine, answer)
+        call.begun = begun = await self._relay.begin(call, engine, answer, asked_for_usage)
+        outcome = await self._relay.pass_on(call, begun, engine.info.id, answer)
+        self._feedback.ended(sent, answer, begun.meter, isinstance(outcome, Failure))
+        return outcome
+
+    def _give_up(self, failure: Failure | None) -> web.StreamResponse:
+        if failure is not None and failure.status is not None and failure.headers is not None:
+            self._metrics.requests.labels("", failure.status).inc()
+            response = web.Response(status=failure.status, body=failure.body)
+            response.headers.clear()
+            response.headers.extend(failure.headers)
+            return response
+        self._metrics.requests.labels("", 503).inc()
+        if failure is not None:
+            return replies.error(503, f"The engines failed before they answered: {failure.reason}", "engine_failed")
+        return replies.error(503, "No engine is ready to serve this model.", "no_engine_ready")

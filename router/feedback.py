@@ -1,0 +1,86 @@
+"""What answers teach the router: how engines do, how fast they are, what their caches hold, where sessions are."""
+
+from dataclasses import dataclass
+
+from vllm_llmd.clock import Clock
+from vllm_llmd.router import usage
+from vllm_llmd.router.call import Call
+from vllm_llmd.router.decide import Decision
+from vllm_llmd.router.fleet import Fleet
+from vllm_llmd.router.membership import Engine
+from vllm_llmd.router.observe import Metrics
+from vllm_llmd.router.outliers import Shape
+from vllm_llmd.router.seen import Measured
+from vllm_llmd.router.sessions import Last
+from vllm_llmd.router.truth import Prediction
+from vllm_llmd.router.upstream import Answer
+from vllm_llmd.router.usage import Meter, Unasked
+
+
+@dataclass
+class Sent:
+    """A request that was sent to an engine at `at_ms`, in which it took this shape.
+
+    `prediction` is what is to be found in the engine's cache, where the answer will tell.
+    """
+
+    call: Call
+    engine: Engine
+    decision: Decision
+    shape: Shape
+    prediction: Prediction | None
+    at_ms: float
+    first_byte_ms: float | None = None
+    """After `at_ms`, once it has come."""
+
+
+class Feedback:
+    """Told of every request that is sent, of its answer's beginning and end."""
+
+    def __init__(self, fleet: Fleet, metrics: Metrics, clock: Clock) -> None:
+        self._fleet = fleet
+        self._metrics = metrics
+        self._clock = clock
+
+    def sending(self, call: Call, engine: Engine, decision: Decision) -> Sent:
+        """The request is about to be sent, and counted."""
+        self._metrics.predicted_cached_tokens.inc(decision.predicted_blocks * engine.info.block_size)
+        if decision.source is not None:
+            self._metrics.source_hints.labels(decision.source).inc()
+        shape = Shape.of(decision.uncached_tokens, engine.requests_ahead, decision.source is not None)
+        tells = usage.tells_of_its_prompt(call.body) and call.begun is None
+        prediction = self._fleet.foretold(call.facts, decision) if tells else None
+        return Sent(call, engine, decision, shape, prediction, self._clock.now_ms())
+
+    def answering(self, sent: Sent, answer: Answer) -> None:
+        """The answer has begun."""
+        now_ms = self._clock.now_ms()
+        sent.first_byte_ms = now_ms - sent.at_ms
+        self._fleet.health.answered(sent.engine.info.id, now_ms)
+        if answer.is_stream and answer.status == 200:
+            self._fleet.health.took(sent.engine.info.id, sent.shape, sent.first_byte_ms)
+
+    def ended(self, sent: Sent, answer: Answer, meter: Meter, failed: bool) -> None:
+        """The answer has ended; the engine that began it may have failed midway."""
+        self._remember(sent, answer, meter)
+        self._compare(sent, answer, meter)
+        if answer.status == 200 and not failed and sent.first_byte_ms is not None:
+            took_ms = sent.first_byte_ms, self._clock.now_ms() - sent.at_ms
+            self._fleet.answered(sent.decision, Measured(*took_ms, answer.is_stream, meter.usage))
+
+    def _remember(self, sent: Sent, answer: Answer, meter: Meter) -> None:
+        """Where the session's KV is now."""
+        call, info = sent.call, sent.engine.info
+        if call.session is not None and answer.status == 200:
+            tokens = call.facts.prompt_tokens if meter.usage is None else meter.usage.prompt_tokens
+            self._fleet.sessions.went(call.session, Last(info.id, info.epoch, tokens))
+
+    def _compare(self, sent: Sent, answer: Answer, meter: Meter) -> None:
+        """What the answer says of the engine's cache against what was predicted."""
+        if isinstance(meter, Unasked):
+            sent.engine.stamp = meter.stamp
+        if sent.prediction is None or meter.usage is None:
+            return
+        error = self._fleet.observed(sent.prediction, f"{sent.call.http.path} {answer.is_stream}", meter.usage)
+        if error is not None:
+            self._metrics.prediction_error_tokens.labels(error.engine, error.by).observe(error.tokens)
