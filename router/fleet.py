@@ -8,26 +8,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import get_args
 
-import msgspec
 import numpy as np
 
 from vllm_llmd import wire
 from vllm_llmd.clock import Clock
 from vllm_llmd.errors import MalformedMessageError
 from vllm_llmd.kernels.hash_chain import Names
-from vllm_llmd.kernels.kv_events_plain import Change
 from vllm_llmd.names import TIERS, EngineId
 from vllm_llmd.router import text_index
 from vllm_llmd.router.agreement import Agreement, prompt_names
-from vllm_llmd.router.candidates import Candidates, Loads, Places, RateColumns, Roster, adapter_of
+from vllm_llmd.router.candidates import Candidates, Loads, RateColumns, Roster, adapter_of
 from vllm_llmd.router.cursor import Cursor, Outcome
 from vllm_llmd.router.decide import Decision
 from vllm_llmd.router.engine_model import Models
 from vllm_llmd.router.health import Health
-from vllm_llmd.router.membership import Engine, Membership, Placed, State, Stock
+from vllm_llmd.router.membership import Engine, Membership, Placed, State
 from vllm_llmd.router.prefix_index import NO_NAMES, Difference, PrefixIndex, unpacked, unpacked_tiers
 from vllm_llmd.router.rates import packed
 from vllm_llmd.router.request import Facts
+from vllm_llmd.router.rosters import Rosters
 from vllm_llmd.router.seen import Measured
 from vllm_llmd.router.sessions import Sessions
 from vllm_llmd.router.settings import RouterSettings
@@ -73,12 +72,12 @@ class Fleet:
         """Blocks that the index was off by when a snapshot healed it, since start."""
         self._verdicts: dict[EngineId, Verdict] = {}
         self._unverified: set[EngineId] = set()
-        self._stock_suspects: set[EngineId] = set()
-        self._rosters: dict[str | None, tuple[Roster, Places]] = {}
-        self._rosters_version = (0, 0)
         self.membership = Membership(settings.stale_after_ms, settings.gone_after_ms)
         self.index = PrefixIndex(settings.index_blocks)
         self.health = Health()
+        self._rosters = Rosters(self.membership, self.health, self.index)
+        self.stock_suspects: set[EngineId] = set()
+        """Stock engines whose events are to be followed from an empty cache on: predictions from them are wrong."""
         self.sessions = Sessions()
         self.texts = TextIndex(settings.text_chunks)
         self.truth = Truth()
@@ -122,7 +121,7 @@ class Fleet:
     def _resync_suspects(self, now_ms: float) -> list[Reply]:
         self.truth.tick(now_ms)
         suspects, self.truth.to_resync = self.truth.to_resync, set()
-        self._stock_suspects |= {engine for engine in suspects if self.is_stock(engine)}
+        self.stock_suspects |= {engine for engine in suspects if self.is_stock(engine)}
         replies = []
         for engine in suspects & self._cursors.keys():
             replies += self._act(engine, self._cursors[engine].lose("predictions wrong", now_ms))
@@ -148,7 +147,7 @@ class Fleet:
         replies = [Reply(sender, wire.Welcome(self._life, self._settings.heartbeat_ms))]
         if self.membership.join(info, now_ms):
             self._cursors[info.id] = Cursor(self._settings.snapshot_retry_ms)
-            self._begin_life(info)
+            self.begin_life(info)
             return [*replies, *self._act(info.id, self._cursors[info.id].lose("joined", now_ms))]
         return [*replies, Reply(sender, wire.Members(self.membership.infos())), *self._heard(info.id, now_ms)]
 
@@ -161,7 +160,7 @@ class Fleet:
         match message:
             case wire.Heartbeat():
                 held = {tier: self.index.contents(message.engine, tier) for tier in TIERS}
-                self._reported(message.engine, message.load, held["gpu"].blocks)
+                self.reported(message.engine, message.load, held["gpu"].blocks)
                 self.membership.says_leaving(message.engine, message.draining)
                 known = None if self.index.without_room(message.engine) else held
                 return self._act(message.engine, self._cursors[message.engine].on_heartbeat(message, known, now_ms))
@@ -203,7 +202,8 @@ class Fleet:
             self.membership.index_exact(engine)
         return []
 
-    def _reported(self, engine: EngineId, load: wire.Load, cached_blocks: int) -> None:
+    def reported(self, engine: EngineId, load: wire.Load, cached_blocks: int) -> None:
+        """What a member says of its load."""
         self.membership.reported(engine, load, self._clock.now_ms(), cached_blocks)
         known = self.membership.get(engine)
         if known is not None:
@@ -217,7 +217,7 @@ class Fleet:
             adapter = adapter_of(engine.info, guess.model)
             self.agreement.compare(guess, engine.info.block_size, adapter, names)
 
-    def _begin_life(self, info: wire.EngineInfo) -> None:
+    def begin_life(self, info: wire.EngineInfo) -> None:
         """Whatever an earlier life held, failed at or taught counts no more."""
         self.index.clear_engine(info.id)
         self.health.forget(info.id)
@@ -229,60 +229,15 @@ class Fleet:
         self.health.forget(engine)
         self.truth.left(engine)
         self.models.left(engine)
-        self._stock_suspects.discard(engine)
+        self.stock_suspects.discard(engine)
         self._verdicts.pop(engine, None)
         self._cursors.pop(engine, None)
         self._senders.pop(engine, None)
-
-    # --- stock engines ------------------------------------------------------------------------------------------
 
     def is_stock(self, engine: EngineId) -> bool:
         """Whether it is a member without a link."""
         known = self.membership.get(engine)
         return known is not None and known.stock is not None
-
-    def join_stock(self, info: wire.EngineInfo, stock: Stock) -> bool:
-        """What is known of a stock engine now. True if this is a new life, of which nothing is indexed yet."""
-        if info.id in self._cursors or not self.membership.join(info, self._clock.now_ms(), stock):
-            return False
-        self._begin_life(info)
-        return True
-
-    def take_stock_suspect(self, engine: EngineId) -> bool:
-        """Whether its events are to be followed from an empty cache on, since predictions from them are wrong."""
-        suspect = engine in self._stock_suspects
-        self._stock_suspects.discard(engine)
-        return suspect
-
-    def heard_of_stock(self, engine: EngineId, load: wire.Load | None) -> bool:
-        """It has answered, and takes requests: nothing says when its part of the index is exact. True if it was stale.
-
-        `load` is None where it did not tell.
-        """
-        if not self.is_stock(engine):
-            return False
-        now_ms = self._clock.now_ms()
-        was_stale = self.membership.heard(engine, now_ms)
-        self.membership.index_exact(engine)
-        if load is not None:
-            self._reported(engine, load, self.index.contents(engine, "gpu").blocks)
-        return was_stale
-
-    def stock_changed(self, engine: EngineId, change: Change, block_size: int | None) -> None:
-        """Its events say so. `block_size` is None until they have told it."""
-        known = self.membership.get(engine)
-        if known is None or known.stock is None:
-            return
-        if block_size is not None and block_size != known.info.block_size:
-            info = msgspec.structs.replace(known.info, block_size=block_size)
-            self.membership.join(info, known.heard_ms, known.stock)
-        if change.cleared:
-            self.index.clear_engine(engine)
-            self.truth.resynced(engine)
-        self.index.apply(engine, change.removed, change.stored)
-        for tier, offloaded in change.offloaded.items():
-            removed, stored = (np.fromiter(names, np.uint64) for names in (offloaded.removed, offloaded.stored))
-            self.index.apply(engine, removed, stored, tier)
 
     # --- requests -----------------------------------------------------------------------------------------------
 
@@ -298,7 +253,7 @@ class Fleet:
         self, facts: Facts, chunks: Chunks, tried: Sequence[EngineId] = (), session: str | None = None
     ) -> Candidates:
         """Every ready engine that serves the model and was not tried yet, with what it has cached of the prompt."""
-        roster, places = self._roster(facts.model, tried)
+        roster, places = self._rosters.of(facts.model, tried)
         prefix_blocks, on_gpu = np.zeros((2, len(places)), np.int64)
         for (block_size, adapter), among in roster.shapes:
             chain = self._chain(facts, chunks, block_size, adapter)
@@ -370,7 +325,7 @@ class Fleet:
 
     def roster(self, model: str | None) -> Roster:
         """Every ready engine that serves the model."""
-        return self._roster(model, ())[0]
+        return self._rosters.of(model)[0]
 
     def verify(self, engine: EngineId) -> None:
         """Asks the engine, with the next tick, what it holds, to compare the index with; the answer is its verdict."""
@@ -383,23 +338,6 @@ class Fleet:
 
     def cursor(self, engine: EngineId) -> Cursor | None:
         return self._cursors.get(engine)
-
-    def _roster(self, model: str | None, tried: Sequence[EngineId]) -> tuple[Roster, Places]:
-        """Who could take the request, and their places in the index. Kept while the fleet stays the same."""
-        version = self.membership.version, self.health.version
-        if self._rosters_version != version:
-            self._rosters.clear()
-            self._rosters_version = version
-        known = None if tried else self._rosters.get(model)
-        if known is not None:
-            return known
-        accepting = self.membership.accepting()
-        takers = [engine for engine in accepting if engine.info.id not in tried and engine.info.serves(model)]
-        engines = self.health.admitted(takers)
-        made = Roster.of(engines, model), self.index.places(engine.info.id for engine in engines)
-        if engines and not tried:
-            self._rosters[model] = made
-        return made
 
     def _chain(self, facts: Facts, chunks: Chunks, block_size: int, adapter: str | None) -> Names:
         if facts.tokens is not None:

@@ -16,6 +16,7 @@ from vllm_llmd.router.fleet import Fleet
 from vllm_llmd.router.membership import Stock
 from vllm_llmd.router.settings import RouterSettings
 from vllm_llmd.router.stock_events import Outbox, Posted, StockEvents
+from vllm_llmd.router.stock_members import StockMembers
 from vllm_llmd.router.stock_poll import Pace, Report, StockPoll
 from vllm_llmd.router.stock_report import Models, Scrape
 from vllm_llmd.router.stock_settings import Rank, StockEngine, ranks
@@ -36,6 +37,7 @@ class StockFleet:
     def __init__(self, settings: RouterSettings, fleet: Fleet, clock: Clock) -> None:
         self._engines: Sequence[StockEngine] = settings.stock_engine or ()
         self._fleet = fleet
+        self._members = StockMembers(fleet, clock)
         self._clock = clock
         self._loop = asyncio.get_running_loop()
         self._scheduled = False
@@ -73,13 +75,13 @@ class StockFleet:
             if self._is_another_life(rank.id, report.scrape) or self._fleet.membership.get(rank.id) is None:
                 self._lives[rank.id] += 1
             info = self._info(rank, models, report.scrape)
-            if self._fleet.join_stock(info, Stock(rank.number)):
+            if self._members.join(info, Stock(rank.number)):
                 log.info("stock engine %s: joined, serving %s", rank.id, ", ".join(models.names))
                 self._events.follow(rank, info.num_blocks)
             load = None if report.scrape is None else report.scrape.load(rank.number)
-            was_stale = self._fleet.heard_of_stock(rank.id, load)
+            was_stale = self._members.heard(rank.id, load)
             may_be_another_life = was_stale and rank.id not in self._started_s
-            if self._fleet.take_stock_suspect(rank.id) or may_be_another_life:
+            if self._members.take_suspect(rank.id) or may_be_another_life:
                 self._events.follow(rank, info.num_blocks)
 
     def _failed(self, engine: StockEngine, what: str) -> None:
@@ -134,4 +136,4 @@ class StockFleet:
     def _apply(self, posted: Posted) -> None:
         if posted.block_size is not None:
             self._block_sizes[posted.engine] = posted.block_size
-        self._fleet.stock_changed(posted.engine, posted.change, posted.block_size)
+        self._members.changed(posted.engine, posted.change, posted.block_size)

@@ -54,6 +54,8 @@ PURE = (
     "router/membership.py",
     "router/cursor.py",
     "router/fleet.py",
+    "router/rosters.py",
+    "router/stock_members.py",
     "router/candidates.py",
     "router/pairs.py",
     "router/engine_model.py",

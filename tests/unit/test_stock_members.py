@@ -10,6 +10,7 @@ from vllm_llmd.names import BlockName, EngineId, Epoch
 from vllm_llmd.router.fleet import Fleet
 from vllm_llmd.router.membership import State, Stock
 from vllm_llmd.router.settings import RouterSettings
+from vllm_llmd.router.stock_members import StockMembers
 from vllm_llmd.testing.clock import FakeClock
 from vllm_llmd.wire import EngineInfo, Load
 
@@ -28,9 +29,10 @@ class Joined:
     def __init__(self) -> None:
         self.clock = FakeClock()
         self.fleet = Fleet(RouterSettings(), self.clock, "life")
-        assert self.fleet.join_stock(info(), Stock(None))
-        self.fleet.heard_of_stock(STOCK, Load(running=2))
-        self.fleet.stock_changed(STOCK, Change(False, NOTHING, SOME), 16)
+        self.stock = StockMembers(self.fleet, self.clock)
+        assert self.stock.join(info(), Stock(None))
+        self.stock.heard(STOCK, Load(running=2))
+        self.stock.changed(STOCK, Change(False, NOTHING, SOME), 16)
 
     @property
     def held(self) -> set[int]:
@@ -44,23 +46,23 @@ def test_an_engine_that_has_answered_is_ready_with_its_load() -> None:
 
 def test_a_change_is_cleared_then_removed_then_stored() -> None:
     joined = Joined()
-    joined.fleet.stock_changed(STOCK, Change(False, SOME[:1], NOTHING), 16)
+    joined.stock.changed(STOCK, Change(False, SOME[:1], NOTHING), 16)
     assert joined.held == {8}
-    joined.fleet.stock_changed(STOCK, Change(True, NOTHING, SOME[:1]), 16)
+    joined.stock.changed(STOCK, Change(True, NOTHING, SOME[:1]), 16)
     assert joined.held == {7}
 
 
 def test_a_change_of_another_tier_is_indexed_there() -> None:
     joined = Joined()
-    joined.fleet.stock_changed(STOCK, Change(False, SOME, NOTHING, {"cpu": NetChange(stored={BlockName(7)})}), 16)
+    joined.stock.changed(STOCK, Change(False, SOME, NOTHING, {"cpu": NetChange(stored={BlockName(7)})}), 16)
     assert (joined.held, joined.fleet.index.held(STOCK, "cpu").tolist()) == (set(), [7])
-    joined.fleet.stock_changed(STOCK, Change(False, NOTHING, NOTHING, {"cpu": NetChange(removed={BlockName(7)})}), 16)
+    joined.stock.changed(STOCK, Change(False, NOTHING, NOTHING, {"cpu": NetChange(removed={BlockName(7)})}), 16)
     assert not len(joined.fleet.index.held(STOCK, "cpu"))
 
 
 def test_the_block_size_is_what_the_events_say() -> None:
     joined = Joined()
-    joined.fleet.stock_changed(STOCK, Change(False, NOTHING, NOTHING), 32)
+    joined.stock.changed(STOCK, Change(False, NOTHING, NOTHING), 32)
     [engine] = joined.fleet.membership.ready()
     assert engine.info.block_size == 32
     assert joined.held == {7, 8}
@@ -68,9 +70,9 @@ def test_the_block_size_is_what_the_events_say() -> None:
 
 def test_a_new_life_starts_empty() -> None:
     joined = Joined()
-    assert not joined.fleet.join_stock(info(), Stock(None))
+    assert not joined.stock.join(info(), Stock(None))
     assert joined.held
-    assert joined.fleet.join_stock(info(epoch=2), Stock(None))
+    assert joined.stock.join(info(epoch=2), Stock(None))
     assert not joined.held
 
 
@@ -94,15 +96,15 @@ def test_silence_makes_it_stale_then_gone_and_an_answer_brings_it_back() -> None
         joined.fleet.tick()
     [engine] = joined.fleet.membership.all()
     assert engine.state is State.STALE
-    assert joined.fleet.heard_of_stock(STOCK, None)
+    assert joined.stock.heard(STOCK, None)
     assert engine.state is State.READY
     for _ in range(settings.gone_after_ms // 1000 + 1):
         joined.clock.advance(1000)
         joined.fleet.tick()
     assert joined.fleet.membership.all() == []
-    joined.fleet.stock_changed(STOCK, Change(False, NOTHING, SOME), 16)
+    joined.stock.changed(STOCK, Change(False, NOTHING, SOME), 16)
     assert not joined.held
-    assert joined.fleet.join_stock(info(epoch=2), Stock(None))
+    assert joined.stock.join(info(epoch=2), Stock(None))
 
 
 def test_a_linked_engine_and_a_stock_engine_cannot_have_one_id() -> None:
@@ -110,5 +112,5 @@ def test_a_linked_engine_and_a_stock_engine_cannot_have_one_id() -> None:
     [refused] = joined.fleet.on_message(b"x", wire.Hello(info(epoch=9)))
     assert isinstance(refused.message, wire.Refused)
     joined.fleet.on_message(b"linked#1", wire.Hello(info("linked")))
-    assert not joined.fleet.join_stock(info("linked", epoch=5), Stock(None))
-    assert not joined.fleet.heard_of_stock(EngineId("linked"), None)
+    assert not joined.stock.join(info("linked", epoch=5), Stock(None))
+    assert not joined.stock.heard(EngineId("linked"), None)
