@@ -7,20 +7,23 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Final
 
+import msgspec
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
 from vllm_llmd.names import TIERS, EngineId, Tier
 from vllm_llmd.router import observe, replies
-from vllm_llmd.router.fleet import Fleet
+from vllm_llmd.router.context import Context
 from vllm_llmd.router.membership import Engine
-from vllm_llmd.router.observe import Metrics
 
 log = logging.getLogger(__name__)
 
 GUARDED = ("/v1/", "/admin/")
 
 CANNOT_BE_VERIFIED: Final = "A stock engine publishes changes, but cannot be asked what it holds."
+
+SHOWN: Final = 100
+"""Decisions, unless more or fewer are asked for."""
 
 VERIFY_POLLS: Final = 200
 VERIFY_POLL_S: Final = 0.02
@@ -29,9 +32,10 @@ VERIFY_POLL_S: Final = 0.02
 class Admin:
     """Handlers for `/health`, `/metrics` and `/admin`."""
 
-    def __init__(self, fleet: Fleet, metrics: Metrics) -> None:
-        self._fleet = fleet
-        self._metrics = metrics
+    def __init__(self, context: Context) -> None:
+        self._fleet = context.fleet
+        self._metrics = context.metrics
+        self._decisions = context.decisions
 
     def add_routes(self, app: web.Application) -> None:
         app.router.add_get("/health", self._health)
@@ -39,6 +43,8 @@ class Admin:
         app.router.add_get("/admin/engines", self._engines)
         app.router.add_post("/admin/engines/{engine}/drain", self._drain)
         app.router.add_post("/admin/engines/{engine}/undrain", self._undrain)
+        app.router.add_get("/admin/decisions", self._latest)
+        app.router.add_get("/admin/decisions/{decision}", self._decision)
         app.router.add_get("/admin/index/{engine}", self._index)
         app.router.add_post("/admin/index/{engine}/verify", self._verify)
 
@@ -68,6 +74,24 @@ class Admin:
         change(engine)
         log.info("engine %s: %s", engine, "draining" if known.draining else "gets requests")
         return web.json_response({"id": engine, "draining": known.draining, "requests": len(known.serving)})
+
+    async def _latest(self, http: web.Request) -> web.Response:
+        limit = http.query.get("limit", str(SHOWN))
+        if not limit.isascii() or not limit.isdigit() or len(limit) > 9:
+            text = f"limit must be a number of decisions; got {limit[:40]!r}"
+            return replies.error(400, text, "invalid_request", "limit")
+        named = http.query.get("engine")
+        found = self._decisions.latest(int(limit), None if named is None else EngineId(named))
+        return _json({"decisions": found, "kept": len(self._decisions)})
+
+    async def _decision(self, http: web.Request) -> web.Response:
+        decision = http.match_info["decision"]
+        found = self._decisions.get(decision)
+        if found is None:
+            text = f"There is no decision {decision[:80]}, or it is none of the latest any more."
+            return replies.error(404, text, "decision_not_found")
+        record, why = found
+        return _json({**msgspec.structs.asdict(record), **({} if why is None else why.shown())})
 
     async def _index(self, http: web.Request) -> web.Response:
         engine = EngineId(http.match_info["engine"])
@@ -139,6 +163,11 @@ class Admin:
             "compared": standing.answers,
             "untold": standing.untold,
         }
+
+
+def _json(value: object) -> web.Response:
+    """What is no number becomes null."""
+    return web.Response(body=msgspec.json.encode(value), content_type="application/json")
 
 
 def bearer_guard(api_key: str) -> Middleware:

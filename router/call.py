@@ -39,8 +39,18 @@ class Call:
     asking: Asking | None
     wish: Wish
     way: Way | None
+    explain: bool = False
+    """Whether the client wants to know why."""
     session: str | None = None
+    waited_ms: float = 0.0
+    """In the queue."""
+    decisions: int = 0
+    """Made for it so far."""
+    explained: Mapping[str, str] = field(default_factory=dict)
+    """Headers that tell the client of the latest."""
     begun: Begun | None = None
+    broken: str | None = None
+    """Why its answer is not whole."""
     tried: list[EngineId] = field(default_factory=list)
 
     @property

@@ -4,45 +4,47 @@ import asyncio
 import logging
 import random
 from collections.abc import AsyncIterator
+from typing import Final
 
 import aiohttp
 from aiohttp import web
 
-from vllm_llmd.clock import Clock
 from vllm_llmd.names import EngineId
-from vllm_llmd.router import policies, replies, rewrite, upstream
+from vllm_llmd.router import explain, policies, replies, rewrite, upstream
+from vllm_llmd.router.barred import barred
 from vllm_llmd.router.call import Call, attempt_at
+from vllm_llmd.router.context import Context
 from vllm_llmd.router.decide import Decision, decide
+from vllm_llmd.router.decisions import LONGEST_NAME, Made, Outcome, Record
 from vllm_llmd.router.feedback import Feedback, Sent
-from vllm_llmd.router.fleet import Fleet
-from vllm_llmd.router.observe import Metrics
 from vllm_llmd.router.policy import PolicySettings
 from vllm_llmd.router.relay import Relay
 from vllm_llmd.router.retries import RetryBudget, pause_ms
-from vllm_llmd.router.settings import RouterSettings
 from vllm_llmd.router.upstream import Answer, Failure
 from vllm_llmd.router.waiting_room import WaitingRoom
 
 log = logging.getLogger(__name__)
 
+CLIENT_LEFT: Final = "the client left"
+
 
 class Dispatcher:
     """`serve` a request once `room` has let it in."""
 
-    def __init__(
-        self, settings: RouterSettings, fleet: Fleet, metrics: Metrics, clock: Clock, room: WaitingRoom
-    ) -> None:
-        self._fleet = fleet
-        self._metrics = metrics
-        self._clock = clock
+    def __init__(self, context: Context, room: WaitingRoom) -> None:
+        settings = context.settings
+        self._fleet = context.fleet
+        self._metrics = context.metrics
+        self._clock = context.clock
+        self._decisions = context.decisions
         self._room = room
         self._rng = random.Random()
         self._policy = policies.make(settings.policy, PolicySettings(settings.min_remote_tokens, random.Random()))
         self._attempts = settings.attempts
         self._connect_timeout_ms = settings.connect_timeout_ms
         self._retries = RetryBudget(settings.retry_percent)
-        self._feedback = Feedback(fleet, metrics, clock)
-        self._relay = Relay(settings.continuations, fleet, metrics, clock)
+        self._feedback = Feedback(context.fleet, context.metrics, context.clock)
+        self._relay = Relay(settings.continuations, context.fleet, context.metrics, context.clock)
         self._session: aiohttp.ClientSession | None = None
 
     async def keep_session(self, _: web.Application) -> AsyncIterator[None]:
@@ -65,11 +67,14 @@ class Dispatcher:
         while len(call.tried) < self._attempts + call.breaks:
             if failure is not None:
                 await asyncio.sleep(pause_ms(len(call.tried), self._rng) / 1000)
-            candidates = self._fleet.candidates(call.facts, call.chunks, self._spared(call), call.session)
-            decision = decide(call.facts, candidates, self._policy)
-            if decision is None or (failure is not None and not self._may_retry()):
+            made = self._decide(call)
+            if made.decision is not None and failure is not None and not self._may_retry():
                 break
-            outcome = await self._attempt(call, decision)
+            record = self._note(call, made)
+            if made.decision is None:
+                break
+            decision = made.decision
+            outcome = await self._try(call, decision, record)
             if not isinstance(outcome, Failure):
                 return outcome
             failure = outcome
@@ -78,7 +83,28 @@ class Dispatcher:
             if not failure.midway:
                 self._metrics.retries.labels(decision.destination).inc()
             log.warning("request %s: engine %s failed (%s)", call.id, decision.destination, failure.reason)
-        return self._give_up(failure) if call.begun is None else await self._relay.break_off(call, call.begun)
+        if call.begun is not None:
+            return await self._relay.break_off(call, call.begun)
+        response = self._give_up(failure)
+        response.headers.update(call.explained)
+        return response
+
+    def _decide(self, call: Call) -> Made:
+        began_ms = self._clock.now_ms()
+        candidates = self._fleet.candidates(call.facts, call.chunks, self._spared(call), call.session)
+        decision = decide(call.facts, candidates, self._policy)
+        call.decisions += 1
+        took_ms = self._clock.now_ms() - began_ms
+        return Made(call.id, call.decisions, call.facts, call.chunks, candidates, decision, call.waited_ms, took_ms)
+
+    def _note(self, call: Call, made: Made) -> Record:
+        """The decision becomes one of the latest; a client that has asked why is told."""
+        if not call.explain:
+            return self._decisions.made(made)
+        why = explain.explanation(made, barred(self._fleet, made.facts, made.candidates, call.tried))
+        record = self._decisions.made(made, why)
+        call.explained = explain.headers(record, why)
+        return record
 
     def _spared(self, call: Call) -> list[EngineId]:
         """Engines that the request may not go to: those that it was tried on, and that would go on in another way."""
@@ -95,11 +121,21 @@ class Dispatcher:
             self._metrics.retries_refused.inc()
         return may
 
-    async def _attempt(self, call: Call, decision: Decision) -> web.StreamResponse | Failure:
+    async def _try(self, call: Call, decision: Decision, record: Record) -> web.StreamResponse | Failure:
+        """One attempt, whose outcome is noted whatever it is."""
+        outcome = Outcome(failure=CLIENT_LEFT)
+        try:
+            result = await self._attempt(call, decision, outcome)
+            outcome.failure = result.reason[:LONGEST_NAME] if isinstance(result, Failure) else call.broken
+        finally:
+            self._decisions.ended(record, outcome)
+        return result
+
+    async def _attempt(self, call: Call, decision: Decision, outcome: Outcome) -> web.StreamResponse | Failure:
         engine = self._fleet.membership.get(decision.destination)
         assert engine is not None and self._session is not None
         self._fleet.place(call.id, decision, call.chunks)
-        sent = self._feedback.sending(call, engine, decision)
+        sent = self._feedback.sending(call, engine, decision, outcome)
         asking = call.asking if engine.takes_stream_options else None
         try:
             async with upstream.ask(self._session, attempt_at(engine, call, decision, asking)) as answer:
@@ -111,7 +147,7 @@ class Dispatcher:
         finally:
             self._fleet.done(call.id, decision)
             self._room.look(decision.destination, decision.source)
-        return await self._attempt(call, decision)
+        return await self._attempt(call, decision, outcome)
 
     async def _answer(self, sent: Sent, answer: Answer, asked_for_usage: bool) -> web.StreamResponse | Failure:
         """The answer has begun: it goes on to the client."""
@@ -122,9 +158,9 @@ class Dispatcher:
         if call.begun is not None:
             return await self._relay.go_on(call, call.begun, engine, answer)
         call.begun = begun = await self._relay.begin(call, engine, answer, asked_for_usage)
-        outcome = await self._relay.pass_on(call, begun, engine.info.id, answer)
-        self._feedback.ended(sent, answer, begun.meter, isinstance(outcome, Failure))
-        return outcome
+        result = await self._relay.pass_on(call, begun, engine.info.id, answer)
+        self._feedback.ended(sent, answer, begun.meter, isinstance(result, Failure))
+        return result
 
     def _give_up(self, failure: Failure | None) -> web.StreamResponse:
         if failure is not None and failure.status is not None and failure.headers is not None:

@@ -6,6 +6,7 @@ from vllm_llmd.clock import Clock
 from vllm_llmd.router import usage
 from vllm_llmd.router.call import Call
 from vllm_llmd.router.decide import Decision
+from vllm_llmd.router.decisions import Outcome
 from vllm_llmd.router.fleet import Fleet
 from vllm_llmd.router.membership import Engine
 from vllm_llmd.router.observe import Metrics
@@ -30,8 +31,8 @@ class Sent:
     shape: Shape
     prediction: Prediction | None
     at_ms: float
-    first_byte_ms: float | None = None
-    """After `at_ms`, once it has come."""
+    outcome: Outcome
+    """Filled in as the answer comes."""
 
 
 class Feedback:
@@ -42,7 +43,7 @@ class Feedback:
         self._metrics = metrics
         self._clock = clock
 
-    def sending(self, call: Call, engine: Engine, decision: Decision) -> Sent:
+    def sending(self, call: Call, engine: Engine, decision: Decision, outcome: Outcome) -> Sent:
         """The request is about to be sent, and counted."""
         self._metrics.predicted_cached_tokens.inc(decision.predicted_blocks * engine.info.block_size)
         if decision.source is not None:
@@ -50,23 +51,31 @@ class Feedback:
         shape = Shape.of(decision.uncached_tokens, engine.requests_ahead, decision.source is not None)
         tells = usage.tells_of_its_prompt(call.body) and call.begun is None
         prediction = self._fleet.foretold(call.facts, decision) if tells else None
-        return Sent(call, engine, decision, shape, prediction, self._clock.now_ms())
+        return Sent(call, engine, decision, shape, prediction, self._clock.now_ms(), outcome)
 
     def answering(self, sent: Sent, answer: Answer) -> None:
         """The answer has begun."""
         now_ms = self._clock.now_ms()
-        sent.first_byte_ms = now_ms - sent.at_ms
+        outcome, first_byte_ms = sent.outcome, now_ms - sent.at_ms
+        outcome.status, outcome.is_stream, outcome.first_byte_ms = answer.status, answer.is_stream, first_byte_ms
+        if sent.call.begun is None:
+            outcome.ttft_ms = now_ms - sent.call.began_ms
         self._fleet.health.answered(sent.engine.info.id, now_ms)
         if answer.is_stream and answer.status == 200:
-            self._fleet.health.took(sent.engine.info.id, sent.shape, sent.first_byte_ms)
+            self._fleet.health.took(sent.engine.info.id, sent.shape, first_byte_ms)
 
     def ended(self, sent: Sent, answer: Answer, meter: Meter, failed: bool) -> None:
         """The answer has ended; the engine that began it may have failed midway."""
         self._remember(sent, answer, meter)
         self._compare(sent, answer, meter)
-        if answer.status == 200 and not failed and sent.first_byte_ms is not None:
-            took_ms = sent.first_byte_ms, self._clock.now_ms() - sent.at_ms
-            self._fleet.answered(sent.decision, Measured(*took_ms, answer.is_stream, meter.usage))
+        outcome, usage_told = sent.outcome, meter.usage
+        outcome.last_byte_ms = self._clock.now_ms() - sent.at_ms
+        if usage_told is not None:
+            outcome.prompt_tokens, outcome.cached_tokens = usage_told.prompt_tokens, usage_told.cached_tokens
+            outcome.completion_tokens = usage_told.completion_tokens
+        if answer.status == 200 and not failed and outcome.first_byte_ms is not None:
+            took_ms = outcome.first_byte_ms, outcome.last_byte_ms
+            self._fleet.answered(sent.decision, Measured(*took_ms, answer.is_stream, usage_told))
 
     def _remember(self, sent: Sent, answer: Answer, meter: Meter) -> None:
         """Where the session's KV is now."""

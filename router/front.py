@@ -11,18 +11,15 @@ from typing import Final
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
-from vllm_llmd.clock import Clock
-from vllm_llmd.router import replies, rewrite
+from vllm_llmd.router import explain, replies, rewrite
 from vllm_llmd.router.call import Call
+from vllm_llmd.router.context import Context
 from vllm_llmd.router.dispatch import Dispatcher
 from vllm_llmd.router.exact import Exact
 from vllm_llmd.router.failover import way_to_continue
-from vllm_llmd.router.fleet import Fleet
 from vllm_llmd.router.flow import Arrival
-from vllm_llmd.router.observe import Metrics
 from vllm_llmd.router.request import Kind, RequestError, read_facts, skim
 from vllm_llmd.router.sessions import read_session
-from vllm_llmd.router.settings import RouterSettings
 from vllm_llmd.router.slo import read_wish
 from vllm_llmd.router.waiting_room import WaitingRoom
 
@@ -32,17 +29,17 @@ PATHS: Final[dict[str, Kind]] = {"/v1/chat/completions": "chat", "/v1/completion
 class Front:
     """Handlers for the OpenAI endpoints."""
 
-    def __init__(self, settings: RouterSettings, fleet: Fleet, metrics: Metrics, clock: Clock, life: str) -> None:
-        self._settings = settings
-        self._fleet = fleet
-        self._metrics = metrics
-        self._clock = clock
-        self._life = life
+    def __init__(self, context: Context) -> None:
+        self._settings = settings = context.settings
+        self._fleet = fleet = context.fleet
+        self._metrics = metrics = context.metrics
+        self._clock = context.clock
+        self._life = context.life
         self._numbers = itertools.count(1)
         self._started_s = int(time.time())
         self._exact = Exact(settings, fleet.agreement, metrics)
-        self._room = WaitingRoom(settings, fleet, metrics, clock)
-        self._dispatcher = Dispatcher(settings, fleet, metrics, clock, self._room)
+        self._room = WaitingRoom(settings, fleet, metrics, context.clock)
+        self._dispatcher = Dispatcher(context, self._room)
 
     def add_routes(self, app: web.Application) -> None:
         for path in PATHS:
@@ -102,6 +99,7 @@ class Front:
             asking=rewrite.asking_for_usage(raw, body),
             wish=wish,
             way=way_to_continue(kind, body, facts) if self._settings.continuations else None,
+            explain=explain.wanted(http.headers.get(explain.ASK_HEADER)),
             session=read_session(http.headers.items()),
         )
 
@@ -118,6 +116,7 @@ class Front:
             arrived_ms=self._clock.now_ms(),
         )
         shed = await self._room.admit(arrival, call.wish)
+        call.waited_ms = self._clock.now_ms() - arrival.arrived_ms
         if shed is None:
             return None
         response = replies.shed(shed.reason, self._room.retry_after_s())

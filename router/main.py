@@ -12,6 +12,7 @@ import logging
 import secrets
 import signal
 import sys
+import time
 from collections.abc import Coroutine
 from typing import Any
 
@@ -30,6 +31,8 @@ from vllm_llmd.kernels import (
     text_table_cpu,
 )
 from vllm_llmd.router.admin import Admin, bearer_guard
+from vllm_llmd.router.context import Context
+from vllm_llmd.router.decisions import Decisions
 from vllm_llmd.router.fleet import Fleet
 from vllm_llmd.router.front import Front, in_openai_shape
 from vllm_llmd.router.ingest import Ingest
@@ -57,10 +60,12 @@ async def serve(settings: RouterSettings) -> int:
     clock, life = MonotonicClock(), secrets.token_hex(6)
     fleet = Fleet(settings, clock, life)
     metrics = Metrics(fleet)
+    decisions = Decisions(settings.policy, settings.decisions, settings.decision_bytes, time.time)
+    context = Context(settings, fleet, metrics, clock, decisions, life)
     ingest = Ingest(fleet, metrics, settings.bind)
     stock = _stock(settings, fleet, metrics)
     runner = web.AppRunner(
-        _application(settings, fleet, metrics, life),
+        _application(context),
         handler_cancellation=True,  # a client that goes away must stop the engine's work
         shutdown_timeout=settings.shutdown_ms / 1000,
         access_log=None,
@@ -89,11 +94,12 @@ def _stock(settings: RouterSettings, fleet: Fleet, metrics: Metrics) -> StockFle
     return stock
 
 
-def _application(settings: RouterSettings, fleet: Fleet, metrics: Metrics, life: str) -> web.Application:
+def _application(context: Context) -> web.Application:
+    settings = context.settings
     middlewares = [in_openai_shape, *([bearer_guard(settings.api_key)] if settings.api_key else [])]
     app = web.Application(middlewares=middlewares, client_max_size=settings.max_body_bytes)
-    Front(settings, fleet, metrics, MonotonicClock(), life).add_routes(app)
-    Admin(fleet, metrics).add_routes(app)
+    Front(context).add_routes(app)
+    Admin(context).add_routes(app)
     return app
 
 

@@ -35,6 +35,7 @@ class Relay:
         traced = call.way if engine.stock is None and answer.is_stream and answer.status == 200 else None
         told = None if traced is None else Told(traced, call.body.get(rewrite.TOKEN_IDS) is True)
         begun = begin(answer, meter, told, engine.info.fingerprint)
+        begun.response.headers.update(call.explained)
         await begun.response.prepare(call.http)
         return begun
 
@@ -65,15 +66,17 @@ class Relay:
 
     async def _broke(self, call: Call, begun: Begun, engine: EngineId, reason: str) -> web.StreamResponse | Failure:
         """The engine has failed midway: a failure if another can go on, else the end of the answer."""
+        reason = f"midway: {reason}"
         self._metrics.broken_streams.labels(engine).inc()
         told = begun.told
         if told is not None and told.can_go_on and told.breaks < self._continuations:
             told.broke()
             call.facts = told.rest_facts(call.facts)
             call.chunks = self._fleet.cut(call.facts)
-            return Failure(f"midway: {reason}", midway=True)
+            return Failure(reason, midway=True)
         self._fleet.health.failed(engine, self._clock.now_ms())
         log.warning("request %s: engine %s broke off (%s)", call.id, engine, reason)
+        call.broken = reason
         return await self.break_off(call, begun)
 
     async def break_off(self, call: Call, begun: Begun) -> web.StreamResponse:

@@ -27,7 +27,7 @@ _AT_LEAST_1 = (
     "queue_bytes",
     "queue_ttl_ms",
 )
-_AT_LEAST_0 = ("engine_queue", "queue_requests", "retry_percent", "continuations")
+_AT_LEAST_0 = ("engine_queue", "queue_requests", "retry_percent", "continuations", "decisions", "decision_bytes")
 
 
 class RouterSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -59,6 +59,8 @@ class RouterSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     queue_requests: int = 1024
     queue_bytes: int = 256 << 20
     queue_ttl_ms: int = 60_000
+    decisions: int = 4096
+    decision_bytes: int = 16 << 20
     objective: Mapping[str, int] | None = None
     tenant_weight: Mapping[str, float] | None = None
     api_key: str | None = None
@@ -113,6 +115,8 @@ _FLAGS: Mapping[str, str] = {
     "queue_requests": "requests that may wait in the router; more are refused",
     "queue_bytes": "bytes of bodies that may wait in the router; more are refused",
     "queue_ttl_ms": "how long a request may wait in the router; a client may ask for less",
+    "decisions": "latest decisions kept for /admin/decisions; 0 for none",
+    "decision_bytes": "bytes of memory that they may take, with the explanations that clients asked for",
     "objective": "NAME=PRIORITY, for clients that send llm-d's x-llm-d-inference-objective; may be repeated",
     "tenant_weight": "TENANT=WEIGHT, its share among those that wait, 1 by default; may be repeated",
     "api_key": f"clients must send it as bearer token; also read from {API_KEY_VARIABLE}",

@@ -1,0 +1,41 @@
+"""Why an engine was no candidate for a request. Pure; asked only when a decision is explained."""
+
+from collections.abc import Collection
+from typing import NamedTuple
+
+from vllm_llmd.names import EngineId
+from vllm_llmd.router.candidates import Candidates
+from vllm_llmd.router.fleet import Fleet
+from vllm_llmd.router.health import Circuit
+from vllm_llmd.router.membership import Engine, State
+from vllm_llmd.router.request import Facts
+
+
+class Barred(NamedTuple):
+    """An engine that was no candidate, or one that a filter did not let through."""
+
+    engine: EngineId
+    why: str
+
+
+def barred(fleet: Fleet, facts: Facts, candidates: Candidates, tried: Collection[EngineId]) -> list[Barred]:
+    """Everyone that was no candidate, in the order in which they joined. `tried` are those that it was tried on."""
+    among = {engine.info.id for engine in candidates.roster.engines}
+    others = (engine for engine in fleet.membership.all() if engine.info.id not in among)
+    return [Barred(engine.info.id, _why(fleet, engine, facts, tried)) for engine in others]
+
+
+def _why(fleet: Fleet, engine: Engine, facts: Facts, tried: Collection[EngineId]) -> str:
+    """The first reason that there is."""
+    if engine.state is not State.READY:
+        return engine.state.value
+    if engine.draining:
+        return "draining"
+    if not engine.info.serves(facts.model):
+        return "other model"
+    if engine.info.id in tried:
+        return "tried before"
+    circuit = fleet.health.standing(engine.info.id).circuit
+    if circuit is not Circuit.CLOSED:
+        return f"circuit {circuit.value}"
+    return "cannot go on with the stream"
