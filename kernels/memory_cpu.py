@@ -4,13 +4,14 @@ Addresses and offsets are int64, in bytes, and need no alignment. A `kind` is a 
 an item; complex128 stands for 16 bytes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
 from llvmlite import ir  # type: ignore[import-untyped]
 from numba import njit, types  # type: ignore[import-untyped]
-from numba.extending import intrinsic  # type: ignore[import-untyped]
+from numba.extending import intrinsic, register_jitable  # type: ignore[import-untyped]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -20,8 +21,8 @@ VECTOR_BYTES = 16
 """What every 64-bit machine has: a tile's side is as many items as fit into one vector."""
 
 
-SOURCES = tuple((each.name, each.stat().st_mtime_ns, each.stat().st_size) for each in sorted(HERE.glob("*_cpu.py")))
-"""What compiled functions are made of."""
+SOURCES = tuple(sorted(HERE.glob("*_cpu.py")))
+"""What compiled functions of this package are made of."""
 
 
 def compiled(function: F) -> F:
@@ -29,13 +30,37 @@ def compiled(function: F) -> F:
 
     The machine code is kept beside the source or in the user's cache directory, where either can be written.
     """
+    return _compiled(function, SOURCES)
+
+
+def compiled_with(*sources: str) -> Callable[[F], F]:
+    """As `compiled`, for a function of another package; what is compiled into it stands in these files, too.
+
+    It divides by zero as numpy does.
+    """
+    return lambda function: _compiled(function, (*SOURCES, *map(Path, sources)), error_model="numpy")
+
+
+def usable_in_kernels(function: F) -> F:
+    """`function` itself, which can be called on columns; kernels that call it on numbers have it compiled into them."""
+    usable: F = register_jitable(error_model="numpy")(function)
+    return usable
+
+
+def _compiled(function: F, sources: Iterable[Path], **options: str) -> F:
     try:
-        kernel: F = njit(nogil=True, cache=True)(function)
+        kernel: F = njit(nogil=True, cache=True, **options)(function)
         # Numba looks for changes in the function's own file alone, and functions are compiled into one another.
-        kernel._cache._cache_file._source_stamp = SOURCES  # type: ignore[attr-defined]
+        kernel._cache._cache_file._source_stamp = tuple(map(_stamp, sources))  # type: ignore[attr-defined]
     except (RuntimeError, AttributeError):  # no directory to write to, or numba keeps its code in another way
-        kernel = njit(nogil=True)(function)
+        kernel = njit(nogil=True, **options)(function)
     return kernel
+
+
+@cache
+def _stamp(source: Path) -> tuple[str, int, int]:
+    stat = source.stat()
+    return source.name, stat.st_mtime_ns, stat.st_size
 
 
 def inside_kernels(function: Callable[..., Any]) -> Any:

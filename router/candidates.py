@@ -6,14 +6,13 @@ A roster is what does not depend on the request; it is made once for as long as 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Final
+from typing import ClassVar, Final, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from vllm_llmd.names import EngineId
-from vllm_llmd.router.membership import LOAD_COLUMNS, Engine
-from vllm_llmd.router.rates import RATE_COLUMNS
+from vllm_llmd.router.membership import Engine
 from vllm_llmd.wire import EngineInfo
 
 Places = npt.NDArray[np.intp]
@@ -23,6 +22,8 @@ Counts = npt.NDArray[np.int64]
 Column = npt.NDArray[np.float64]
 """One number per engine, shape (engines,)."""
 Milliseconds = Column
+Rows = npt.NDArray[np.void]
+"""One record per engine, shape (engines,)."""
 Shape = tuple[int, str | None]
 
 OUTPUT_TOKENS: Final = 128.0
@@ -30,9 +31,6 @@ OUTPUT_TOKENS: Final = 128.0
 
 REUSE: Final = 0.1
 """Prior for the share of cached blocks that are wanted again: most of what is evicted was used once."""
-
-
-NOBODY: Final[Places] = np.empty(0, np.intp)
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,18 +41,18 @@ class Remotes:
     prefillers: Places
     everyone: Places
 
-    def helped(self, decodes_only: "npt.NDArray[np.bool_]") -> Places:
-        """Who only decodes, if there is somebody to prefill."""
-        return self.decoders[decodes_only[self.decoders]] if len(self.prefillers) else NOBODY
+
+ROSTER_ROW: Final = np.dtype([(name, np.float64) for name in ("block_sizes", "num_blocks", "helped")])
 
 
 @dataclass(frozen=True, eq=False)
 class Roster:
     """`decoders` may decode: who has a role for it, or everyone if nobody has. `prefillers` prefill for others.
 
-    `kinds` are equal where fingerprints are. `remotes` may give KV to each other. `helped` only decode, and have others
-    to compute long prompts for them. `shapes` are the ways in which the engines name the prompt's blocks: by
-    blocks of so many tokens, for their base model or for an adapter of this name; and who does so.
+    `kinds` are equal where fingerprints are. `remotes` may give KV to each other. `helped` is 1 for who only decodes
+    and has others to compute long prompts for it, and 0 for the rest. `shapes` are the ways in which the engines name
+    the prompt's blocks: by blocks of so many tokens, for their base model or for an adapter of this name; and who does
+    so.
     """
 
     engines: tuple[Engine, ...]
@@ -63,7 +61,7 @@ class Roster:
     kinds: Counts
     block_sizes: Counts
     num_blocks: Counts
-    helped: Places
+    helped: Column
     remotes: tuple["Remotes", ...]
     shapes: tuple[tuple[Shape, Places], ...]
 
@@ -81,6 +79,7 @@ class Roster:
         decodes_only = np.array([engine.info.role == "decode" for engine in engines], bool)
         of_kind = [remote & (kind_of == kind) for kind in kinds.values()]
         remotes = tuple(Remotes(*map(np.flatnonzero, (of & decodes, of & prefills, of))) for of in of_kind)
+        helped = decodes & decodes_only & remote & np.isin(kind_of, kind_of[prefills & remote])
         return cls(
             engines=tuple(engines),
             decoders=np.flatnonzero(decodes),
@@ -88,10 +87,25 @@ class Roster:
             kinds=kind_of,
             block_sizes=np.array([engine.info.block_size for engine in engines], np.int64),
             num_blocks=np.array([max(engine.info.num_blocks, 1) for engine in engines], np.int64),
-            helped=np.concatenate([NOBODY, *(each.helped(decodes_only) for each in remotes)]),
+            helped=helped.astype(np.float64),
             remotes=remotes,
             shapes=tuple((shape, np.array(places, np.intp)) for shape, places in shapes.items()),
         )
+
+    @cached_property
+    def rows(self) -> Rows:
+        """What prices depend on, engine by engine."""
+        rows = np.empty(len(self.engines), ROSTER_ROW)
+        for name in ROSTER_ROW.names or ():
+            rows[name] = getattr(self, name)
+        return rows
+
+    @cached_property
+    def parted(self) -> tuple[Places, npt.NDArray[np.int64]]:
+        """`remotes` as two arrays: all their places, one after the other, and where each begins; and the end of all."""
+        parts = [part for each in self.remotes for part in (each.decoders, each.prefillers, each.everyone)]
+        places = np.concatenate([*parts, np.empty(0, np.intp)])
+        return places, np.cumsum([0, *map(len, parts)], dtype=np.int64)
 
     def id(self, place: int) -> EngineId:
         return self.engines[place].info.id
@@ -106,56 +120,74 @@ def adapter_of(info: EngineInfo, model: str | None) -> str | None:
     return model if model in info.adapters and model not in info.models else None
 
 
-@dataclass(frozen=True, eq=False)
-class Loads:
+class ColumnOf:
+    """A column of a table, as an attribute of the same name."""
+
+    def __set_name__(self, table: "type[Table]", name: str) -> None:
+        self._name = name
+
+    def __get__(self, table: "Table", of: object = None) -> Column:
+        column: Column = table.rows[self._name]
+        return column
+
+
+class Table:
+    """One number per engine and column. `rows` are the same, engine by engine, shape (engines,)."""
+
+    ROW: ClassVar[np.dtype[np.void]]
+
+    def __init_subclass__(cls) -> None:
+        cls.ROW = np.dtype([(name, np.float64) for name, each in vars(cls).items() if isinstance(each, ColumnOf)])
+
+    def __init__(self, rows: Rows) -> None:
+        self.rows = rows
+
+    @classmethod
+    def packed(cls, rows: Iterable[bytes]) -> Self:
+        """From a row per engine of float64 in the order of the columns."""
+        return cls(np.frombuffer(bytearray().join(rows), cls.ROW))
+
+
+class Loads(Table):
     """What every engine has to do. `requests` and `tokens` to prefill count what it has not reported yet, too.
 
     `running` and `waiting` are requests as it has reported them; of its GPU's blocks `free_blocks` are not in use, and
-    `cached_blocks` hold something that may be found again.
+    `cached_blocks` hold something that may be found again. `batch` are requests that run, or will as soon as they
+    arrive.
     """
 
-    requests: Column
-    tokens: Column
-    running: Column
-    waiting: Column
-    free_blocks: Column
-    cached_blocks: Column
-    step_ms: Milliseconds
-
-    @cached_property
-    def batch(self) -> Column:
-        """Requests that run, or will as soon as they arrive."""
-        found: Column = np.maximum(self.requests - self.waiting, 0)
-        return found
+    requests = ColumnOf()
+    tokens = ColumnOf()
+    running = ColumnOf()
+    waiting = ColumnOf()
+    free_blocks = ColumnOf()
+    cached_blocks = ColumnOf()
+    step_ms = ColumnOf()
+    batch = ColumnOf()
 
     @classmethod
     def of(cls, engines: Iterable[Engine]) -> "Loads":
-        return cls(*_columns([engine.row for engine in engines], LOAD_COLUMNS))
+        return cls.packed([engine.row for engine in engines])
 
 
-@dataclass(frozen=True, eq=False)
-class RateColumns:
+class RateColumns(Table):
     """`rates.Rates` of every engine."""
 
-    base_ms: Milliseconds
-    token_ms: Milliseconds
-    context_ms: Milliseconds
-    running_ms: Milliseconds
-    waiting_ms: Milliseconds
-    step_ms: Milliseconds
-    step_running_ms: Milliseconds
-    transfer_ms: Milliseconds
-    transfer_token_ms: Milliseconds
-    reload_token_ms: Milliseconds
-    cold_ms: Milliseconds
+    base_ms = ColumnOf()
+    token_ms = ColumnOf()
+    context_ms = ColumnOf()
+    running_ms = ColumnOf()
+    waiting_ms = ColumnOf()
+    step_ms = ColumnOf()
+    step_running_ms = ColumnOf()
+    transfer_ms = ColumnOf()
+    transfer_token_ms = ColumnOf()
+    reload_token_ms = ColumnOf()
+    cold_ms = ColumnOf()
 
     @classmethod
     def of(cls, engines: Iterable[Engine]) -> "RateColumns":
-        return cls(*_columns([engine.rates for engine in engines], RATE_COLUMNS))
-
-
-def _columns(rows: list[bytes], columns: int) -> "npt.NDArray[np.float64]":
-    return np.ascontiguousarray(np.frombuffer(b"".join(rows), np.float64).reshape(-1, columns).T)
+        return cls.packed([engine.rates for engine in engines])
 
 
 @dataclass(frozen=True, eq=False)

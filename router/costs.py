@@ -1,43 +1,50 @@
 """What a placement costs, in predicted milliseconds: terms as small functions over columns of all candidates. Pure.
 
 What the milliseconds are of: the latency that the placement adds to all requests, the one at hand and those it slows
-down. So terms add up, and none needs a weight.
+down. So terms add up, and none needs a weight. `plans_cpu` compiles them for single engines, so they are made of
+arithmetic, comparisons, `np.minimum` and `np.maximum` alone.
 """
 
 from typing import Final
 
 import numpy as np
 
-from vllm_llmd.router.candidates import Candidates, Column, Loads, Milliseconds, RateColumns
+from vllm_llmd.kernels.memory_cpu import usable_in_kernels
+from vllm_llmd.router.candidates import Column, Loads, Milliseconds, RateColumns, Roster
 
 CHUNK_TOKENS: Final = 2048
 """What vLLM computes of a prompt in one step at most, unless told otherwise: the last chunk's KV travels after it."""
 
 
+@usable_in_kernels
 def queue_ms(loads: Loads, rates: RateColumns) -> Milliseconds:
     """Until a request that comes now is being computed: the prompts before it, the step under way, others that wait."""
     return join_ms(loads, rates) + rates.token_ms * loads.tokens + rates.waiting_ms * loads.waiting
 
 
+@usable_in_kernels
 def join_ms(loads: Loads, rates: RateColumns) -> Milliseconds:
     """Until a request of which nothing is left to compute gets its first token."""
     found: Milliseconds = rates.base_ms + rates.running_ms * loads.batch
     return found
 
 
-def prefill_ms(tokens: Column, cached_tokens: Column, rates: RateColumns) -> Milliseconds:
-    """Computing `tokens` of a prompt after `cached_tokens` that need not be."""
+@usable_in_kernels
+def prefill_ms(tokens: Column, cached_tokens: Column, token_ms: Column, context_ms: Column) -> Milliseconds:
+    """Computing `tokens` of a prompt after `cached_tokens` that need not be, at these rates."""
     context = (cached_tokens + tokens / 2) / 1000
-    found: Milliseconds = tokens * (rates.token_ms + rates.context_ms * context)
+    found: Milliseconds = tokens * (token_ms + context_ms * context)
     return found
 
 
+@usable_in_kernels
 def reload_ms(offloaded_tokens: Column, rates: RateColumns) -> Milliseconds:
     """Bringing back what is cached, but not on the GPU."""
     found: Milliseconds = rates.reload_token_ms * offloaded_tokens
     return found
 
 
+@usable_in_kernels
 def transfer_ms(tokens: Column, source_prefill_ms: Column, latency_ms: Column, token_ms: Column) -> Milliseconds:
     """What is left of a transfer once the source has computed: its last chunk, and what was too slow until then."""
     tail_ms = np.minimum(tokens, CHUNK_TOKENS) * token_ms
@@ -45,40 +52,43 @@ def transfer_ms(tokens: Column, source_prefill_ms: Column, latency_ms: Column, t
     return found
 
 
+@usable_in_kernels
 def decode_ms(output_tokens: float, loads: Loads, rates: RateColumns) -> Milliseconds:
     """All tokens of the answer after its first, beside those that run already."""
     found: Milliseconds = output_tokens * (rates.step_ms + rates.step_running_ms * loads.batch)
     return found
 
 
-def prefill_interference_ms(own_prefill_ms: Milliseconds, loads: Loads) -> Milliseconds:
+@usable_in_kernels
+def prefill_interference_ms(own_prefill_ms: Milliseconds, batch: Column) -> Milliseconds:
     """What computing the prompt takes from those that decode there: all of them stand still for so long."""
-    found: Milliseconds = own_prefill_ms * loads.batch
+    found: Milliseconds = own_prefill_ms * batch
     return found
 
 
+@usable_in_kernels
 def decode_interference_ms(output_tokens: float, loads: Loads, rates: RateColumns) -> Milliseconds:
     """What one more sequence takes from those that decode there, step by step."""
     found: Milliseconds = output_tokens * rates.step_running_ms * loads.batch
     return found
 
 
-def memory_ms(new_tokens: Column, candidates: Candidates, reuse: float, rates: RateColumns) -> Milliseconds:
+@usable_in_kernels
+def memory_ms(new_tokens: Column, loads: Loads, roster: Roster, reuse: float, rates: RateColumns) -> Milliseconds:
     """Blocks that the request would push out of the cache, at what it costs to compute those that are wanted again.
 
     `reuse` is the share of cached blocks that are.
     """
-    loads, roster = candidates.loads, candidates.roster
     empty = np.minimum(np.maximum(roster.num_blocks - loads.cached_blocks, 0), loads.free_blocks)
     evicted = np.minimum(np.maximum(new_tokens / roster.block_sizes - empty, 0), loads.free_blocks - empty)
     found: Milliseconds = evicted * (roster.block_sizes * reuse) * rates.token_ms
     return found
 
 
-def full_ms(new_tokens: Column, candidates: Candidates, answer_ms: Milliseconds) -> Milliseconds:
+@usable_in_kernels
+def full_ms(new_tokens: Column, loads: Loads, roster: Roster, answer_ms: Milliseconds) -> Milliseconds:
     """Waiting for blocks that others have to give back first, as all do within an answer, which takes `answer_ms`."""
-    loads, roster = candidates.loads, candidates.roster
     used = np.maximum(roster.num_blocks - loads.free_blocks, 1)
     missing = np.minimum(np.maximum(new_tokens / roster.block_sizes - loads.free_blocks, 0), used)
-    found: Milliseconds = np.where(loads.running > 0, answer_ms * missing / used, 0.0)
+    found: Milliseconds = (loads.running > 0) * (answer_ms * missing / used)
     return found

@@ -30,6 +30,7 @@ from vllm_llmd.kernels import (
     prefix_table_cpu,
     text_table_cpu,
 )
+from vllm_llmd.router import plans_cpu
 from vllm_llmd.router.admin import Admin, bearer_guard
 from vllm_llmd.router.context import Context
 from vllm_llmd.router.decisions import Decisions
@@ -57,6 +58,7 @@ async def serve(settings: RouterSettings) -> int:
     text_table_cpu.compile_ahead()
     json_strings_cpu.compile_ahead()
     frames_cpu.compile_ahead()
+    plans_cpu.compile_ahead()
     clock, life = MonotonicClock(), secrets.token_hex(6)
     fleet = Fleet(settings, clock, life)
     metrics = Metrics(fleet)

@@ -50,7 +50,7 @@ Standing = Literal["unknown", "current", "former"]
 
 FORMER_EPOCHS_KEPT: Final = 64
 
-LOAD_COLUMNS: Final = 7
+LOAD_COLUMNS: Final = 8
 _ROW: Final = struct.Struct(f"{LOAD_COLUMNS}d")
 
 MOST: Final = 1e9
@@ -159,6 +159,7 @@ class Engine:
             load.free_blocks,
             self.cached_blocks,
             load.step_ms,
+            max(self.requests_ahead - load.waiting, 0),
         )
 
 

@@ -1,255 +1,294 @@
 """Every way to serve one request, priced: on one engine, prefilled by a source, or with a prefix from a source. Pure.
 
-Prices are sums of the terms in `costs`, as columns; pairs are priced only as far as `pairs` asks.
+The functions that price are written once for columns of engines and for one engine: `plans_cpu` compiles them.
+`cheapest` here prices everything, and is the plain twin of its search.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from vllm_llmd.router import costs, pairs
-from vllm_llmd.router.candidates import Candidates, Column, Milliseconds, Places
-from vllm_llmd.router.pairs import Matrix, Pair, Sides
-from vllm_llmd.router.policy import Choice
+from vllm_llmd.kernels.memory_cpu import usable_in_kernels
+from vllm_llmd.router import costs
+from vllm_llmd.router.candidates import Candidates, Column, Loads, Milliseconds, RateColumns, Roster
 from vllm_llmd.router.request import Facts
 
 Mask = npt.NDArray[np.bool_]
 
+ALONE: Final = 0
+PREFILLED: Final = 1
+FETCHED: Final = 2
+"""The kinds of plans."""
+
+
+class Ask(NamedTuple):
+    """What of a request its prices depend on, and of traffic as a whole; in tokens, but for the share `reuse`.
+
+    Whoever is to supply KV supplies `least` at least.
+    """
+
+    prompt: float
+    output: float
+    reuse: float
+    least: float
+
+
+class Party(NamedTuple):
+    """What one engine, or each of all, brings into a plan.
+
+    Of the prompt it has `cached` tokens and lacks `own`; `held` it could give away at once, and `given` are as many.
+    `spared` is 1 for who is not to compute what it lacks, since others are there for that. `source_memory_ms` is
+    for prefilling only, `more_ms` the terms of others and `chance_ms` what makes equals differ.
+    """
+
+    own: Column
+    cached: Column
+    held: Column
+    given: Column
+    spared: Column
+    batch: Column
+    queue_ms: Milliseconds
+    join_ms: Milliseconds
+    prefill_ms: Milliseconds
+    reload_ms: Milliseconds
+    cold_ms: Milliseconds
+    decode_ms: Milliseconds
+    decode_interference_ms: Milliseconds
+    memory_ms: Milliseconds
+    source_memory_ms: Milliseconds
+    blocks_ms: Milliseconds
+    transfer_ms: Milliseconds
+    transfer_token_ms: Milliseconds
+    token_ms: Milliseconds
+    context_ms: Milliseconds
+    more_ms: Milliseconds
+    chance_ms: Milliseconds
+
+
+MORE_IS_CHEAPER: Final = tuple(Party._fields.index(name) for name in ("cached", "held"))
+"""Of these, more makes no pair dearer; of all other fields, less."""
+
+MAY_BE_NEGATIVE: Final = Party._fields.index("more_ms")
+"""The first field for which this holds whatever its sign is. Of those before it, it does where none is negative."""
+
+
+class Terms(NamedTuple):
+    """What a plan costs, in milliseconds. A term that a kind of plan does not have is 0."""
+
+    queue_ms: Milliseconds
+    prefill_ms: Milliseconds
+    reload_ms: Milliseconds
+    transfer_ms: Milliseconds
+    cold_ms: Milliseconds
+    prefill_interference_ms: Milliseconds
+    decode_ms: Milliseconds
+    decode_interference_ms: Milliseconds
+    memory_ms: Milliseconds
+    blocks_ms: Milliseconds
+
+
+# --- prices, of columns or of one engine ------------------------------------------------------------------------------
+
+
+@usable_in_kernels
+def party(
+    ask: Ask, roster: Roster, loads: Loads, rates: RateColumns, prefix_blocks: Column, offloaded_blocks: Column
+) -> Party:
+    """Without `more_ms` and `chance_ms`."""
+    sizes = roster.block_sizes
+    cached = np.minimum(prefix_blocks * sizes, ask.prompt - 1)
+    own = ask.prompt - cached
+    held = np.minimum(prefix_blocks - offloaded_blocks, np.floor((ask.prompt - 1) / sizes)) * sizes
+    new_tokens = own + ask.output
+    decode_ms = costs.decode_ms(ask.output, loads, rates)
+    return Party(
+        own=own,
+        cached=cached,
+        held=held,
+        given=held,
+        spared=roster.helped * (own >= ask.least),
+        batch=loads.batch,
+        queue_ms=costs.queue_ms(loads, rates),
+        join_ms=costs.join_ms(loads, rates),
+        prefill_ms=costs.prefill_ms(own, cached, rates.token_ms, rates.context_ms),
+        reload_ms=costs.reload_ms(offloaded_blocks * sizes, rates),
+        cold_ms=rates.cold_ms,
+        decode_ms=decode_ms,
+        decode_interference_ms=costs.decode_interference_ms(ask.output, loads, rates),
+        memory_ms=costs.memory_ms(new_tokens, loads, roster, ask.reuse, rates),
+        source_memory_ms=costs.memory_ms(own, loads, roster, ask.reuse, rates),
+        blocks_ms=costs.full_ms(new_tokens, loads, roster, decode_ms),
+        transfer_ms=rates.transfer_ms,
+        transfer_token_ms=rates.transfer_token_ms,
+        token_ms=rates.token_ms,
+        context_ms=rates.context_ms,
+        more_ms=0.0 * own,
+        chance_ms=0.0 * own,
+    )
+
+
+@usable_in_kernels
+def alone(at: Party) -> Terms:
+    """An engine that does everything."""
+    return Terms(
+        queue_ms=at.queue_ms,
+        prefill_ms=at.prefill_ms,
+        reload_ms=at.reload_ms,
+        transfer_ms=0.0 * at.own,
+        cold_ms=at.cold_ms,
+        prefill_interference_ms=costs.prefill_interference_ms(at.prefill_ms, at.batch),
+        decode_ms=at.decode_ms,
+        decode_interference_ms=at.decode_interference_ms,
+        memory_ms=at.memory_ms,
+        blocks_ms=at.blocks_ms,
+    )
+
+
+@usable_in_kernels
+def prefilled(at: Party, source: Party) -> Terms:
+    """The source computes what it lacks of the prompt, and the destination reads it all."""
+    return Terms(
+        queue_ms=source.queue_ms + at.join_ms,
+        prefill_ms=source.prefill_ms,
+        reload_ms=source.reload_ms,
+        transfer_ms=costs.transfer_ms(at.own, source.prefill_ms, at.transfer_ms, at.transfer_token_ms),
+        cold_ms=0.0 * at.own,
+        prefill_interference_ms=costs.prefill_interference_ms(source.prefill_ms, source.batch),
+        decode_ms=at.decode_ms,
+        decode_interference_ms=at.decode_interference_ms,
+        memory_ms=at.memory_ms + source.source_memory_ms,
+        blocks_ms=at.blocks_ms,
+    )
+
+
+@usable_in_kernels
+def fetched(ask: Ask, at: Party, source: Party) -> Terms:
+    """The destination reads what the source has, and computes the rest of the prompt."""
+    arrives_ms = source.queue_ms + at.transfer_ms + (source.given - at.cached) * at.transfer_token_ms
+    prefill_ms = costs.prefill_ms(ask.prompt - source.held, source.held, at.token_ms, at.context_ms)
+    return Terms(
+        queue_ms=at.queue_ms,
+        prefill_ms=prefill_ms,
+        reload_ms=0.0 * at.own,
+        transfer_ms=np.maximum(arrives_ms - at.queue_ms, 0.0),
+        cold_ms=at.cold_ms,
+        prefill_interference_ms=costs.prefill_interference_ms(prefill_ms, at.batch),
+        decode_ms=at.decode_ms,
+        decode_interference_ms=at.decode_interference_ms,
+        memory_ms=at.memory_ms,
+        blocks_ms=at.blocks_ms,
+    )
+
+
+@usable_in_kernels
+def pair_ms(kind: int, ask: Ask, at: Party, source: Party) -> Milliseconds:
+    terms = prefilled(at, source) if kind == PREFILLED else fetched(ask, at, source)
+    total: Milliseconds = sum(terms) + at.more_ms + (at.chance_ms + source.chance_ms)
+    return total
+
+
+@usable_in_kernels
+def barred(kind: int, ask: Ask, at: Party, source: Party) -> Mask:
+    """Whether too little is transferred for this pair, or too much left to compute for who is spared that."""
+    if kind == PREFILLED:
+        return at.own < ask.least
+    rest_is_long = ask.prompt - source.held >= ask.least
+    return (source.held - at.cached < ask.least) | (at.spared * rest_is_long > 0)
+
+
+# --- one request ------------------------------------------------------------------------------------------------------
+
 
 @dataclass(frozen=True, eq=False)
 class Asked:
-    """What is to be priced: `more` are terms of a destination, `jitter_ms` is chance. Filters bar all but `allowed`.
+    """What is to be priced: `more` are terms of a destination, `chance_ms` makes equals differ.
 
-    Whoever is to supply KV supplies `min_remote_tokens` at least.
+    Filters bar all but `allowed`. Whoever is to supply KV supplies `min_remote_tokens` at least.
     """
 
     facts: Facts
     candidates: Candidates
     more: Mapping[str, Milliseconds]
     allowed: Mask | None
-    jitter_ms: Milliseconds
+    chance_ms: Milliseconds
     min_remote_tokens: int
 
+    @property
+    def ask(self) -> Ask:
+        candidates, output = self.candidates, self.candidates.output_tokens
+        if self.facts.output_tokens is not None:
+            output = min(output, self.facts.output_tokens)
+        prompt = float(max(self.facts.prompt_tokens, 1))
+        return Ask(prompt, float(output), float(candidates.reuse), float(self.min_remote_tokens))
 
-class Plans:
-    """All plans for one request. Columns are over all candidates, whether they may do it or not."""
+    @property
+    def parties(self) -> Party:
+        """All candidates, as columns."""
+        of = self.candidates
+        blocks = of.prefix_blocks.astype(np.float64), of.offloaded_blocks.astype(np.float64)
+        found = party(self.ask, of.roster, of.loads, of.rates, *blocks)
+        return found._replace(more_ms=sum(self.more.values(), found.more_ms), chance_ms=self.chance_ms)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A kind of plan, and the places of who has a part in it: the source is the destination itself if it is alone."""
+
+    kind: int
+    destination: int
+    source: int
+
+
+def cheapest(asked: Asked) -> Plan | None:
+    """The plan with the lowest price; None if no plan is left. What is no number is as dear as can be."""
+    best_ms, best = np.inf, None
+    for plans, found_ms in priced(asked):
+        prices = np.where(np.isnan(found_ms), np.inf, found_ms)
+        if len(plans) and (best is None or prices.min() < best_ms):
+            best_ms, best = prices.min(), plans[int(prices.argmin())]
+    return best
+
+
+def priced(asked: Asked) -> Iterator[tuple[list[Plan], Milliseconds]]:
+    """All plans of one kind, and what each costs, kind by kind."""
+    roster, parties = asked.candidates.roster, asked.parties
+    let_through = np.ones(len(parties.own), bool) if asked.allowed is None else asked.allowed
+    eligible = [place for place in roster.decoders.tolist() if let_through[place] and not parties.spared[place]]
+    prices = sum(alone(parties)) + parties.more_ms + parties.chance_ms
+    yield [Plan(ALONE, place, place) for place in eligible], prices[eligible]
+    for remotes in roster.remotes:
+        down, across = remotes.decoders[let_through[remotes.decoders]], remotes.everyone
+        for kind, sources in (PREFILLED, remotes.prefillers), (FETCHED, across):
+            at, source = _at(parties, down[:, None]), _at(parties, sources[None, :])
+            out = barred(kind, asked.ask, at, source) | (down[:, None] == sources)
+            prices = pair_ms(kind, asked.ask, at, source)[~out]
+            places = np.argwhere(~out).tolist()
+            yield [Plan(kind, int(down[i]), int(sources[j])) for i, j in places], prices
+
+
+def _at(parties: Party, places: npt.NDArray[np.intp] | int) -> Party:
+    return Party(*(column[places] for column in parties))
+
+
+class Prices(Mapping[str, Milliseconds]):
+    """What it would cost to have each candidate do everything, by term. Reckoned when looked at."""
 
     def __init__(self, asked: Asked) -> None:
-        candidates = asked.candidates
-        loads, rates, sizes = candidates.loads, candidates.rates, candidates.roster.block_sizes
         self._asked = asked
-        self._prompt = float(max(asked.facts.prompt_tokens, 1))
-        self._cached = np.minimum(candidates.prefix_tokens, self._prompt - 1)
-        self._own = self._prompt - self._cached
-        self._batch = loads.batch
-        output = candidates.output_tokens
-        if asked.facts.output_tokens is not None:
-            output = min(output, asked.facts.output_tokens)
-        decode_ms = costs.decode_ms(output, loads, rates)
-        new_tokens = self._own + output
-        self._reload_ms = costs.reload_ms((candidates.offloaded_blocks * sizes).astype(np.float64), rates)
-        self._queue_ms = costs.queue_ms(loads, rates)
-        self._prefill_ms = costs.prefill_ms(self._own, self._cached, rates)
-        self.stays: dict[str, Milliseconds] = {
-            "decode_ms": decode_ms,
-            "decode_interference_ms": costs.decode_interference_ms(output, loads, rates),
-            "memory_ms": costs.memory_ms(new_tokens, candidates, candidates.reuse, rates),
-            "blocks_ms": costs.full_ms(new_tokens, candidates, decode_ms),
-            **asked.more,
-        }
-        """What a destination costs, whoever computes the prompt."""
-        self._stays_ms = _total(self.stays) + asked.jitter_ms
-
-    def cheapest(self) -> Choice | None:
-        """None if no plan is left."""
-        best_ms, choice = self._cheapest_alone()
-        for remotes in self._asked.candidates.roster.remotes:
-            destinations = self._let_through(remotes.decoders)
-            prefilled = self._prefilled(destinations, remotes.prefillers, best_ms)
-            if prefilled is not None:
-                best_ms, choice = prefilled.ms, self._prefilled_choice(prefilled)
-            fetched = self._fetched(destinations, remotes.everyone, best_ms)
-            if fetched is not None:
-                best_ms, choice = fetched.ms, self._fetched_choice(fetched)
-        return choice
-
-    def _let_through(self, places: Places) -> Places:
-        allowed = self._asked.allowed
-        return places if allowed is None else places[allowed[places]]
-
-    # --- alone --------------------------------------------------------------------------------------------------
 
     @cached_property
-    def alone(self) -> dict[str, Milliseconds]:
-        """The terms of each candidate that does everything."""
-        interference_ms = costs.prefill_interference_ms(self._prefill_ms, self._asked.candidates.loads)
-        return {
-            "queue_ms": self._queue_ms,
-            "prefill_ms": self._prefill_ms,
-            "reload_ms": self._reload_ms,
-            "cold_ms": self._asked.candidates.rates.cold_ms,
-            "prefill_interference_ms": interference_ms,
-            **self.stays,
-        }
+    def _terms(self) -> Mapping[str, Milliseconds]:
+        return {**alone(self._asked.parties)._asdict(), **self._asked.more}
 
-    @cached_property
-    def _spared(self) -> Mask:
-        """Who is not to compute what it lacks of the prompt, since others are there for that."""
-        helped = self._asked.candidates.roster.helped
-        spared = np.zeros(len(self._own), bool)
-        spared[helped] = self._own[helped] >= self._asked.min_remote_tokens
-        return spared
+    def __getitem__(self, name: str) -> Milliseconds:
+        return self._terms[name]
 
-    def _cheapest_alone(self) -> tuple[float, Choice | None]:
-        roster = self._asked.candidates.roster
-        eligible = self._let_through(roster.decoders)
-        if len(roster.helped):
-            eligible = eligible[~self._spared[eligible]]
-        if not len(eligible):
-            return np.inf, None
-        total_ms = (_total(self.alone) + self._asked.jitter_ms)[eligible]
-        at = int(total_ms.argmin())
-        place = int(eligible[at])
-        return float(total_ms[at]), Choice(place, terms=_at(self.alone, place), prices=self.alone)
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._terms)
 
-    # --- prefilled by a source ----------------------------------------------------------------------------------
-
-    @cached_property
-    def _supplies_ms(self) -> Milliseconds:
-        """What a source costs that computes whatever it lacks of the prompt."""
-        interference_ms = costs.prefill_interference_ms(self._prefill_ms, self._asked.candidates.loads)
-        memory_ms = costs.memory_ms(
-            self._own, self._asked.candidates, self._asked.candidates.reuse, self._asked.candidates.rates
-        )
-        jitter_ms = self._asked.jitter_ms
-        return self._queue_ms + self._prefill_ms + self._reload_ms + interference_ms + memory_ms + jitter_ms
-
-    @cached_property
-    def _join_ms(self) -> Milliseconds:
-        return costs.join_ms(self._asked.candidates.loads, self._asked.candidates.rates)
-
-    def _prefilled(self, destinations: Places, sources: Places, bound_ms: float) -> Pair | None:
-        rates = self._asked.candidates.rates
-        if len(sources):
-            destinations = destinations[self._own[destinations] >= self._asked.min_remote_tokens]
-        if not len(sources) or not len(destinations):
-            return None
-        stays_ms, supplies_ms = (self._stays_ms + self._join_ms)[destinations], self._supplies_ms[sources]
-        own, latency_ms = self._own[destinations], rates.transfer_ms[destinations]
-        token_ms = rates.transfer_token_ms[destinations]
-        least_ms = costs.transfer_ms(own, self._prefill_ms[sources].max(), latency_ms, token_ms)
-        sides = Sides(
-            destinations,
-            sources,
-            destination_from_ms=stays_ms + least_ms + supplies_ms.min(),
-            source_from_ms=supplies_ms + (stays_ms + least_ms).min(),
-            bound_ms=bound_ms,
-        )
-        return pairs.cheapest(sides, self._prefilled_ms)
-
-    def _prefilled_ms(self, destinations: Places, sources: Places) -> Matrix:
-        down = destinations[:, None]
-        price: Matrix = self._stays_ms[down] + self._join_ms[down] + self._supplies_ms[sources]
-        price = price + self._transfer_ms(self._own[down], self._prefill_ms[sources], down)
-        return np.where(down == sources, np.inf, price)
-
-    def _transfer_ms(self, tokens: Column, source_prefill_ms: Column, destinations: Places) -> Milliseconds:
-        rates = self._asked.candidates.rates
-        latency_ms, token_ms = rates.transfer_ms[destinations], rates.transfer_token_ms[destinations]
-        return costs.transfer_ms(tokens, source_prefill_ms, latency_ms, token_ms)
-
-    def _prefilled_choice(self, pair: Pair) -> Choice:
-        at, source = pair.destination, pair.source
-        down = np.array([at])
-        transfer_ms = self._transfer_ms(self._own[down], self._prefill_ms[source], down)
-        terms = {
-            "queue_ms": float(self._queue_ms[source] + self._join_ms[at]),
-            "prefill_ms": float(self._prefill_ms[source]),
-            "reload_ms": float(self._reload_ms[source]),
-            "transfer_ms": float(transfer_ms[0]),
-            "prefill_interference_ms": float(self._prefill_ms[source] * self._batch[source]),
-        }
-        waited_for = min(float(self._own[at]), costs.CHUNK_TOKENS)
-        return Choice(at, source, None, waited_for, terms | _at(self.stays, at), self.alone)
-
-    # --- with a prefix from a source ----------------------------------------------------------------------------
-
-    @cached_property
-    def _held(self) -> Column:
-        """Tokens from the start of the prompt that an engine could give away at once."""
-        candidates = self._asked.candidates
-        sizes = candidates.roster.block_sizes
-        found: Column = (
-            np.minimum(candidates.prefix_blocks - candidates.offloaded_blocks, (int(self._prompt) - 1) // sizes) * sizes
-        )
-        return found
-
-    def _fetched(self, destinations: Places, sources: Places, bound_ms: float) -> Pair | None:
-        if not len(destinations):
-            return None
-        held, least_tokens = self._held[sources], self._cached[destinations].min() + self._asked.min_remote_tokens
-        if held.max() < least_tokens:
-            return None
-        sources, rates = sources[held >= least_tokens], self._asked.candidates.rates
-        down, latency_ms = destinations, rates.transfer_ms[destinations]
-        wait_ms, stays_ms = self._queue_ms[down], self._stays_ms[down] + rates.cold_ms[down]
-        held, queued_ms = self._held[sources], self._queue_ms[sources]
-        rest_ms = self._rest_ms(held.max(), down)
-        at_once_ms = (self._prompt - held) * rates.token_ms[down].min()
-        sides = Sides(
-            destinations,
-            sources,
-            destination_from_ms=np.maximum(wait_ms, queued_ms.min() + latency_ms) + rest_ms + stays_ms,
-            source_from_ms=np.maximum(wait_ms.min(), queued_ms + latency_ms.min()) + at_once_ms + stays_ms.min(),
-            bound_ms=bound_ms,
-        )
-        return pairs.cheapest(sides, self._fetched_ms)
-
-    def _rest_ms(self, held: Column | np.float64, destinations: Places) -> Milliseconds:
-        """Computing what comes after what is held, and what that takes from those that decode there."""
-        rates = self._asked.candidates.rates
-        context = (held + self._prompt) / 2000
-        per_token_ms = rates.token_ms[destinations] + rates.context_ms[destinations] * context
-        found: Milliseconds = (self._prompt - held) * per_token_ms * (1 + self._batch[destinations])
-        return found
-
-    def _fetched_ms(self, destinations: Places, sources: Places) -> Matrix:
-        down, rates, asked = destinations[:, None], self._asked.candidates.rates, self._asked
-        fetched = self._held[sources] - self._cached[down]
-        arrives_ms = self._queue_ms[sources] + rates.transfer_ms[down] + fetched * rates.transfer_token_ms[down]
-        price: Matrix = np.maximum(self._queue_ms[down], arrives_ms)
-        price = price + self._rest_ms(self._held[sources], down) + self._stays_ms[down] + rates.cold_ms[down]
-        rest_is_long = self._prompt - self._held[sources] >= asked.min_remote_tokens
-        barred = self._spared[down] & rest_is_long
-        return np.where(barred | (fetched < asked.min_remote_tokens) | (down == sources), np.inf, price)
-
-    def _fetched_choice(self, pair: Pair) -> Choice:
-        at, source, rates = pair.destination, pair.source, self._asked.candidates.rates
-        down, held = np.array([at]), float(self._held[source])
-        fetch_ms = rates.transfer_ms[at] + (held - self._cached[at]) * rates.transfer_token_ms[at]
-        rest_ms = float(self._rest_ms(self._held[[source]], down)[0])
-        prefill_ms = rest_ms / (1 + float(self._batch[at]))
-        ready_ms = max(float(self._queue_ms[at]), float(self._queue_ms[source] + fetch_ms))
-        terms = {
-            "queue_ms": float(self._queue_ms[at]),
-            "transfer_ms": ready_ms - float(self._queue_ms[at]),
-            "prefill_ms": prefill_ms,
-            "cold_ms": float(rates.cold_ms[at]),
-            "prefill_interference_ms": rest_ms - prefill_ms,
-        }
-        fetched = held - float(self._cached[at])
-        return Choice(at, source, int(held), fetched, terms | _at(self.stays, at), self.alone)
-
-
-def _total(terms: Mapping[str, Milliseconds]) -> Milliseconds:
-    total: Milliseconds = np.zeros(len(next(iter(terms.values()))))
-    for term in terms.values():
-        total += term
-    return total
-
-
-def _at(terms: Mapping[str, Milliseconds], place: int) -> dict[str, float]:
-    return {name: float(term[place]) for name, term in terms.items()}
+    def __len__(self) -> int:
+        return len(self._terms)

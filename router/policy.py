@@ -36,6 +36,7 @@ class Choice:
     transfer_tokens: float | None = None
     terms: Mapping[str, float] = field(default_factory=dict)
     prices: Mapping[str, Milliseconds] = field(default_factory=dict)
+    """May be reckoned only when looked at, which it keeps what it is made of for: not to be held for long."""
 
 
 class Policy(Protocol):

@@ -11,7 +11,8 @@ import numpy.typing as npt
 
 from vllm_llmd.router import policies
 from vllm_llmd.router.candidates import Candidates, Milliseconds
-from vllm_llmd.router.plans import Asked, Mask, Plans
+from vllm_llmd.router.plans import Asked, Mask
+from vllm_llmd.router.plans_cpu import Search
 from vllm_llmd.router.policy import Choice, Policy, PolicySettings
 from vllm_llmd.router.request import Facts
 
@@ -25,8 +26,7 @@ Filter = Callable[[Facts, Candidates], npt.NDArray[np.bool_]]
 """Who of the candidates may decode at all."""
 
 JITTER_MS: Final = 1e-6
-JITTER: Final = 1e-9
-"""By so much plans may differ and still be equals, among whom chance decides: in all, and of what they cost."""
+"""By so much plans may differ and still be equals, among whom chance decides."""
 
 WORST_MS: Final = 1e12
 
@@ -37,21 +37,15 @@ class Cost:
         self._chance = np.random.default_rng(settings.rng.getrandbits(64))
         self._terms = terms
         self._filters = filters
+        self._search = Search()
 
     def choose(self, facts: Facts, candidates: Candidates) -> Choice | None:
         if not len(candidates.roster.decoders):
             return None
         more = {f"{name}_ms": _usable(term(facts, candidates)) for name, term in self._terms.items()}
-        return Plans(
-            Asked(
-                facts,
-                candidates,
-                more,
-                self._allowed(facts, candidates),
-                JITTER_MS * self._chance.random(len(candidates)),
-                self._min_remote_tokens,
-            )
-        ).cheapest()
+        chance_ms = JITTER_MS * self._chance.random(len(candidates))
+        allowed = self._allowed(facts, candidates)
+        return self._search.cheapest(Asked(facts, candidates, more, allowed, chance_ms, self._min_remote_tokens))
 
     def _allowed(self, facts: Facts, candidates: Candidates) -> Mask | None:
         if not self._filters:

@@ -3,7 +3,7 @@
 import random
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, dataclass, fields, replace
 
 import numpy as np
 import pytest
@@ -220,8 +220,8 @@ def alone_ms(at: Candidates, place: int, tokens: int) -> float:
 
 def one(at: Candidates, d: int, tokens: int) -> dict[str, float]:
     """The terms of one engine, as the documentation has them."""
-    load = {name: float(column[d]) for name, column in vars(at.loads).items() if name != "batch"}
-    r = Rates(*(float(column[d]) for column in vars(at.rates).values()))
+    load = {name: float(at.loads.rows[name][d]) for name in Loads.ROW.names or () if name != "batch"}
+    r = Rates(*(float(at.rates.rows[name][d]) for name in RateColumns.ROW.names or ()))
     cached = min(int(at.prefix_tokens[d]), tokens - 1)
     own, batch, output = tokens - cached, max(load["requests"] - load["waiting"], 0), at.output_tokens
     join = r.base_ms + r.running_ms * batch
@@ -297,4 +297,5 @@ def test_a_filter_of_another_package_bars_engines_from_decoding() -> None:
 
 def test_every_rate_has_a_column() -> None:
     engine = Row("a").engine()
-    assert [float(column[0]) for column in vars(RateColumns.of([engine])).values()] == list(astuple(PRIOR))
+    assert RateColumns.of([engine]).rows[0].tolist() == astuple(PRIOR)
+    assert RateColumns.ROW.names == tuple(each.name for each in fields(Rates))

@@ -12,7 +12,7 @@ import msgspec
 
 from vllm_llmd.errors import ConfigError
 from vllm_llmd.kernels import hash_chain_cpu, prefix_table_cpu
-from vllm_llmd.router import policies
+from vllm_llmd.router import plans_cpu, policies
 from vllm_llmd.router.policy import Policy, PolicySettings
 from vllm_llmd.router.settings import RouterSettings
 from vllm_llmd.simulate import traffic
@@ -56,6 +56,7 @@ def compile_ahead() -> None:
     """So that the first run takes no longer than the others."""
     hash_chain_cpu.compile_ahead()
     prefix_table_cpu.compile_ahead()
+    plans_cpu.compile_ahead()
 
 
 def traffic_of(settings: SimulateSettings) -> list[TraceRequest]:

@@ -1,0 +1,166 @@
+"""The compiled search for the cheapest plan and its plain twin, which prices every plan, find the same."""
+
+from array import array
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vllm_llmd.names import EngineId, Epoch, Role
+from vllm_llmd.router import plans, plans_cpu
+from vllm_llmd.router.candidates import Candidates, Loads, RateColumns, Roster
+from vllm_llmd.router.costs import CHUNK_TOKENS
+from vllm_llmd.router.membership import Engine, State, Stock
+from vllm_llmd.router.plans import ALONE, FETCHED, MORE_IS_CHEAPER, PREFILLED, Asked, Plan
+from vllm_llmd.router.policy import Choice
+from vllm_llmd.router.rates import PRIOR_ROW
+from vllm_llmd.router.request import Facts
+from vllm_llmd.wire import EngineInfo
+
+ODD = (np.nan, np.inf, -np.inf, -1.0, 0.0, 1e300, -1e300, 1e18)
+ROLES: tuple[Role, ...] = ("prefill", "decode", "both")
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """`odd` is the share of numbers that make no sense, `even` whether engines are alike in all but what they hold."""
+
+    engines: int
+    roles: tuple[Role, ...]
+    kinds: int
+    odd: float
+    even: bool
+    cached: str
+    prompt: int
+    seed: int
+
+
+fleets = st.builds(
+    Fleet,
+    st.integers(1, 40),
+    st.sampled_from([("both",), ("prefill", "decode"), ("prefill",), ("decode",), ROLES]),
+    st.integers(1, 3),
+    st.sampled_from([0.0, 0.0, 0.02, 0.5]),
+    st.booleans(),
+    st.sampled_from(["nothing", "anything", "one", "alike"]),
+    st.sampled_from([1, 17, 300, 2000, 9000]),
+    st.integers(0, 2**32),
+)
+
+
+def candidates(fleet: Fleet, rng: np.random.Generator) -> Candidates:
+    engines = [engine(fleet, number, rng) for number in range(fleet.engines)]
+    roster = Roster.of(engines, "m")
+    blocks = -(-fleet.prompt // roster.block_sizes)
+    share = {
+        "nothing": np.zeros(len(engines)),
+        "anything": rng.random(len(engines)),
+        "one": np.arange(len(engines)) == rng.integers(len(engines)),
+        "alike": np.full(len(engines), 0.9),
+    }
+    prefix = (blocks * share[fleet.cached]).astype(np.int64)
+    offloaded = (prefix * rng.choice([0.0, 0.0, 0.5, 1.0], len(engines))).astype(np.int64)
+    return Candidates(roster, prefix, offloaded, prefix, Loads(loads(fleet, rng)), RateColumns(rates(fleet, rng)))
+
+
+def engine(fleet: Fleet, number: int, rng: np.random.Generator) -> Engine:
+    role = fleet.roles[rng.integers(len(fleet.roles))]
+    kind, size = f"kind {rng.integers(fleet.kinds)}", int(rng.choice([16, 32, 128]))
+    info = EngineInfo(EngineId(f"e{number}"), Epoch(1), role, "", ["m"], size, 1000, 10_000, kind, [])
+    return Engine(info, State.READY, 0, stock=Stock(None) if rng.random() < 0.1 else None)
+
+
+def loads(fleet: Fleet, rng: np.random.Generator) -> np.ndarray:
+    most = {"requests": 60, "running": 40, "waiting": 9, "tokens": 9000, "batch": 40}
+    return table(Loads.ROW, {name: np.arange(most.get(name, 1000)) for name in Loads.ROW.names or ()}, fleet, rng)
+
+
+def rates(fleet: Fleet, rng: np.random.Generator) -> np.ndarray:
+    prior = dict(zip(RateColumns.ROW.names or (), np.frombuffer(PRIOR_ROW).tolist(), strict=True))
+    values = {name: value * np.array([0.1, 1, 1, 1, 3]) for name, value in prior.items()}
+    return table(RateColumns.ROW, values, fleet, rng)
+
+
+def table(row: np.dtype, values: dict[str, np.ndarray], fleet: Fleet, rng: np.random.Generator) -> np.ndarray:
+    made = np.zeros(fleet.engines, row)
+    for name in row.names or ():
+        made[name] = rng.choice(values[name], 1 if fleet.even else fleet.engines)
+        odd = rng.random(fleet.engines) < fleet.odd
+        made[name][odd] = rng.choice(ODD, odd.sum())
+    return made
+
+
+def asked(fleet: Fleet) -> Asked:
+    rng = np.random.default_rng(fleet.seed)
+    at = candidates(fleet, rng)
+    facts = Facts("m", array("I"), b"", b"", fleet.prompt, None)
+    more = {"far_ms": rng.normal(0, 100, fleet.engines)} if rng.random() < 0.3 else {}
+    allowed = rng.random(fleet.engines) < 0.7 if rng.random() < 0.3 else None
+    return Asked(facts, at, more, allowed, 1e-6 * rng.random(fleet.engines), int(rng.choice([0, 1, 256])))
+
+
+def plan_of(choice: Choice) -> Plan:
+    if choice.source is None:
+        return Plan(ALONE, choice.destination, choice.destination)
+    return Plan(PREFILLED if choice.until is None else FETCHED, choice.destination, choice.source)
+
+
+@settings(deadline=None)
+@given(fleets)
+def test_no_pair_is_cheaper_than_with_one_that_is_as_good_as_the_best_in_everything(fleet: Fleet) -> None:
+    question = asked(replace(fleet, odd=0.0))
+    parties = question.parties
+    imagined = plans.Party(
+        *(column.max() if k in MORE_IS_CHEAPER else column.min() for k, column in enumerate(parties)),
+    )
+    at, source = plans.Party(*parties), plans.Party(*(column[:, None] for column in parties))
+    for kind in PREFILLED, FETCHED:
+        prices = plans.pair_ms(kind, question.ask, at, source)
+        slack = 1e-9 * np.abs(prices)
+        assert (plans.pair_ms(kind, question.ask, at, imagined) <= prices + slack).all()
+        assert (plans.pair_ms(kind, question.ask, imagined, source) <= prices + slack).all()
+
+
+SEARCH = plans_cpu.Search()
+"""One for all, as in a router: what it found last must not matter."""
+
+
+@settings(deadline=None, max_examples=300)
+@given(fleets)
+@pytest.mark.filterwarnings("ignore:invalid value", "ignore:overflow")
+def test_the_search_finds_a_plan_than_which_none_is_cheaper(fleet: Fleet) -> None:
+    question = asked(fleet)
+    choice, plain = SEARCH.cheapest(question), plans.cheapest(question)
+    assert (choice is None) == (plain is None)
+    if choice is None or plain is None:
+        return
+    prices = {plan: ms for some, of in plans.priced(question) for plan, ms in zip(some, of.tolist(), strict=True)}
+    found, least = (np.inf if np.isnan(prices[plan]) else prices[plan] for plan in (plan_of(choice), plain))
+    assert found == pytest.approx(least, rel=1e-9, abs=1e-9)
+
+
+@settings(deadline=None)
+@given(fleets)
+@pytest.mark.filterwarnings("ignore:invalid value", "ignore:overflow")
+def test_the_terms_of_what_is_found_are_those_of_the_plain_formulas(fleet: Fleet) -> None:
+    question = asked(fleet)
+    choice = SEARCH.cheapest(question)
+    if choice is None:
+        return
+    parties, plan = question.parties, plan_of(choice)
+    at, source = (plans.Party(*(column[[place]] for column in parties)) for place in (plan.destination, plan.source))
+    plain = (plans.alone(at), plans.prefilled(at, source), plans.fetched(question.ask, at, source))[plan.kind]
+    for name, column in plain._asdict().items():
+        assert choice.terms[name] == pytest.approx(float(column[0]), rel=1e-9, abs=1e-9, nan_ok=True)
+    waited_for = (None, np.minimum(at.own, CHUNK_TOKENS), source.held - at.cached)[plan.kind]
+    assert choice.transfer_tokens == (None if waited_for is None else waited_for[0])
+
+
+def test_a_search_among_hundreds_of_engines_agrees_with_one_that_prices_all_pairs() -> None:
+    for seed, cached in enumerate(("nothing", "anything", "one", "alike") * 3):
+        for roles in (("both",), ("prefill", "decode")):
+            question = asked(Fleet(300, roles, 1, 0.0, seed % 2 == 0, cached, 9000, seed))
+            choice = SEARCH.cheapest(question)
+            assert choice is not None and plan_of(choice) == plans.cheapest(question)
