@@ -13,13 +13,14 @@ from vllm_llmd.names import EngineId, Epoch
 from vllm_llmd.router.candidates import Roster
 from vllm_llmd.router.flow import Arrival, Flow, Pool, QueueLimits, to_wait
 from vllm_llmd.router.membership import Engine, Placed, State
+from vllm_llmd.router.rosters import Wanted
 from vllm_llmd.router.saturation import Limits, has_room
 from vllm_llmd.router.slo import Wish, read_wish
 from vllm_llmd.wire import EngineInfo, Load
 
 ROUNDS = 15
 LIMITS = Limits(engine_queue=8, engine_requests=256, prefill_tokens=65_536, fresh_ms=2000)
-POOL: Pool = ("m", True)
+POOL: Pool = (Wanted("m"), True)
 PLAIN = [("Host", "router:8000"), ("Accept", "*/*"), ("Content-Type", "application/json"), ("Content-Length", "4096")]
 PLAIN += [("Authorization", "Bearer key"), ("User-Agent", "client/1.0"), ("Accept-Encoding", "gzip")]
 ASKING = [*PLAIN, ("x-llmd-priority", "5"), ("x-llmd-tenant", "team-a"), ("x-llmd-slo-ttft-ms", "250")]

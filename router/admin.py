@@ -147,6 +147,8 @@ class Admin:
             "http": info.http,
             "models": info.models,
             "adapters": info.adapters,
+            "labels": info.labels,
+            "max_model_len": info.max_model_len,
             "load": {name: getattr(load, name) for name in load.__struct_fields__},
             "blocks_indexed": sum(self._fleet.index.contents(info.id, tier).blocks for tier in TIERS),
             "predictions": self._predictions(info.id),

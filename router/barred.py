@@ -9,6 +9,7 @@ from vllm_llmd.router.fleet import Fleet
 from vllm_llmd.router.health import Circuit
 from vllm_llmd.router.membership import Engine, State
 from vllm_llmd.router.request import Facts
+from vllm_llmd.router.rosters import may_take
 
 
 class Barred(NamedTuple):
@@ -33,6 +34,10 @@ def _why(fleet: Fleet, engine: Engine, facts: Facts, tried: Collection[EngineId]
         return "draining"
     if not engine.info.serves(facts.model):
         return "other model"
+    if facts.selector is not None and not facts.selector.matches(engine.info.labels):
+        return "other labels"
+    if not may_take(engine, fleet.rosters.wanted(facts)):
+        return "context too short"
     if engine.info.id in tried:
         return "tried before"
     circuit = fleet.health.standing(engine.info.id).circuit

@@ -85,7 +85,7 @@ class Dispatcher:
             log.warning("request %s: engine %s failed (%s)", call.id, decision.destination, failure.reason)
         if call.begun is not None:
             return await self._relay.break_off(call, call.begun)
-        response = self._give_up(failure)
+        response = self._give_up(call, failure)
         response.headers.update(call.explained)
         return response
 
@@ -162,7 +162,7 @@ class Dispatcher:
         self._feedback.ended(sent, answer, begun.meter, isinstance(result, Failure))
         return result
 
-    def _give_up(self, failure: Failure | None) -> web.StreamResponse:
+    def _give_up(self, call: Call, failure: Failure | None) -> web.StreamResponse:
         if failure is not None and failure.status is not None and failure.headers is not None:
             self._metrics.requests.labels("", failure.status).inc()
             response = web.Response(status=failure.status, body=failure.body)
@@ -172,4 +172,4 @@ class Dispatcher:
         self._metrics.requests.labels("", 503).inc()
         if failure is not None:
             return replies.error(503, f"The engines failed before they answered: {failure.reason}", "engine_failed")
-        return replies.error(503, "No engine is ready to serve this model.", "no_engine_ready")
+        return replies.nobody(self._fleet.rosters.bars(call.facts))

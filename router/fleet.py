@@ -26,7 +26,7 @@ from vllm_llmd.router.membership import Engine, Membership, Placed, State
 from vllm_llmd.router.prefix_index import NO_NAMES, Difference, PrefixIndex, unpacked, unpacked_tiers
 from vllm_llmd.router.rates import packed
 from vllm_llmd.router.request import Facts
-from vllm_llmd.router.rosters import Rosters
+from vllm_llmd.router.rosters import Rosters, Wanted
 from vllm_llmd.router.seen import Measured
 from vllm_llmd.router.sessions import Sessions
 from vllm_llmd.router.settings import RouterSettings
@@ -75,7 +75,7 @@ class Fleet:
         self.membership = Membership(settings.stale_after_ms, settings.gone_after_ms)
         self.index = PrefixIndex(settings.index_blocks)
         self.health = Health()
-        self._rosters = Rosters(self.membership, self.health, self.index)
+        self.rosters = Rosters(self.membership, self.health, self.index)
         self.stock_suspects: set[EngineId] = set()
         """Stock engines whose events are to be followed from an empty cache on: predictions from them are wrong."""
         self.sessions = Sessions()
@@ -252,8 +252,8 @@ class Fleet:
     def candidates(
         self, facts: Facts, chunks: Chunks, tried: Sequence[EngineId] = (), session: str | None = None
     ) -> Candidates:
-        """Every ready engine that serves the model and was not tried yet, with what it has cached of the prompt."""
-        roster, places = self._rosters.of(facts.model, tried)
+        """Every ready engine that may take the request and was not tried yet, with what it has cached of the prompt."""
+        roster, places = self.rosters.of(self.rosters.wanted(facts), tried)
         prefix_blocks, on_gpu = np.zeros((2, len(places)), np.int64)
         for (block_size, adapter), among in roster.shapes:
             chain = self._chain(facts, chunks, block_size, adapter)
@@ -323,9 +323,9 @@ class Fleet:
         known = (None if engine_id is None else self.membership.get(engine_id) for engine_id in ids)
         return [engine for engine in known if engine is not None]
 
-    def roster(self, model: str | None) -> Roster:
-        """Every ready engine that serves the model."""
-        return self._rosters.of(model)[0]
+    def roster(self, wanted: Wanted) -> Roster:
+        """Every ready engine that may take what is wanted."""
+        return self.rosters.of(wanted)[0]
 
     def verify(self, engine: EngineId) -> None:
         """Asks the engine, with the next tick, what it holds, to compare the index with; the answer is its verdict."""

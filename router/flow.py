@@ -12,11 +12,12 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final, Literal
 
+from vllm_llmd.router.rosters import Wanted
 from vllm_llmd.router.slo import Wish
 
 Reason = Literal["queue-full", "displaced", "expired", "shutting-down"]
-Pool = tuple[str | None, bool]
-"""A model, and whether the prompt is long enough to be computed by another engine than decodes it."""
+Pool = tuple[Wanted, bool]
+"""Which engines may take it, and whether the prompt is long enough to be computed by another than decodes it."""
 IsOpen = Callable[[Pool], bool]
 """Whether some engine can take a request of the pool."""
 

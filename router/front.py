@@ -20,7 +20,7 @@ from vllm_llmd.router.failover import way_to_continue
 from vllm_llmd.router.flow import Arrival
 from vllm_llmd.router.request import Kind, RequestError, read_facts, skim
 from vllm_llmd.router.sessions import read_session
-from vllm_llmd.router.slo import read_wish
+from vllm_llmd.router.slo import read_wish, with_wish
 from vllm_llmd.router.waiting_room import WaitingRoom
 
 PATHS: Final[dict[str, Kind]] = {"/v1/chat/completions": "chat", "/v1/completions": "completion"}
@@ -64,7 +64,7 @@ class Front:
         try:
             call = await self._read(http, raw, began_ms)
         except RequestError as error:
-            return replies.error(400, str(error), "invalid_request", error.param)
+            return replies.error(400, str(error), error.code, error.param)
         model = call.facts.model
         if model is not None and self._fleet.membership.ready() and not self._fleet.serves(model):
             return replies.error(404, f"The model `{model}` does not exist.", "model_not_found", "model")
@@ -87,7 +87,8 @@ class Front:
         kind = PATHS[http.path]
         wish = read_wish(http.headers.items(), self._settings.objective or {})
         body, long = skim(raw)
-        facts = await self._exact.facts(read_facts(kind, body, long), kind, raw)
+        facts = with_wish(await self._exact.facts(read_facts(kind, body, long), kind, raw), wish)
+        self._fleet.rosters.check(facts)
         return Call(
             id=f"{self._life}-{next(self._numbers)}",
             http=http,
@@ -106,7 +107,7 @@ class Front:
     async def _refused(self, call: Call) -> web.StreamResponse | None:
         """Waits until an engine may have room. The answer, if the request cannot be served."""
         facts, longest = call.facts, call.body.get("max_completion_tokens") or call.body.get("max_tokens")
-        pool = facts.model, facts.prompt_tokens >= self._settings.min_remote_tokens
+        pool = self._fleet.rosters.wanted(facts), facts.prompt_tokens >= self._settings.min_remote_tokens
         arrival = Arrival(
             id=call.id,
             pool=pool,

@@ -7,6 +7,7 @@ from typing import Any, Final
 from aiohttp import web
 
 from vllm_llmd.router.flow import Reason
+from vllm_llmd.router.rosters import Bar
 
 REASON_HEADER: Final = "x-llmd-reason"
 
@@ -52,6 +53,26 @@ def shed(reason: Reason, retry_after_s: int) -> web.Response:
     response.headers["Retry-After"] = str(retry_after_s)
     response.headers[REASON_HEADER] = reason
     response.headers["x-llm-d-request-dropped-reason"] = llm_d
+    return response
+
+
+_NOBODY: Final[dict[Bar, tuple[str, str]]] = {
+    "labels": (
+        "No engine that is ready to serve this model has the labels that are asked for.",
+        "matches",
+    ),
+    "context": ("No engine that is ready to serve this model has a context long enough for the prompt.", "fits"),
+    "filters": ("Filters let the request go to no engine that is ready to serve this model.", "allowed"),
+}
+
+
+def nobody(bar: Bar | None) -> web.Response:
+    """No engine takes the request, because of `bar` or because none is ready."""
+    if bar is None:
+        return error(503, "No engine is ready to serve this model.", "no_engine_ready")
+    text, how = _NOBODY[bar]
+    response = error(503, text, f"no_engine_{how}")
+    response.headers[REASON_HEADER] = f"no-engine-{how}"
     return response
 
 

@@ -16,6 +16,7 @@ import msgspec
 
 from vllm_llmd.errors import LlmdError
 from vllm_llmd.kernels.json_strings_cpu import hollow
+from vllm_llmd.router.selector import Selector
 
 Kind = Literal["chat", "completion"]
 
@@ -49,11 +50,12 @@ _SEED_FIELDS: Final = (
 
 
 class RequestError(LlmdError):
-    """The client's request cannot be routed. `param` names the field at fault."""
+    """The client's request cannot be routed. `param` names the field at fault, `code` is OpenAI's for the fault."""
 
-    def __init__(self, text: str, param: str | None = None) -> None:
+    def __init__(self, text: str, param: str | None = None, code: str = "invalid_request") -> None:
         super().__init__(text)
         self.param = param
+        self.code = code
 
 
 class Unsupported(LlmdError):
@@ -78,6 +80,13 @@ class Facts:
     """Whether the token ids are not the client's but what this router made of its text."""
     output_tokens: int | None = None
     """The longest answer that the client wants, if it says so."""
+    may_be_cut: bool = False
+    """Whether the engine is asked to cut a prompt that is too long."""
+    selector: Selector | None = None
+    """Which engines the client wants, by their labels."""
+    ttft_ms: float | None = None
+    tpot_ms: float | None = None
+    """The client's objectives, for the first token and for each after it."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +156,15 @@ def read_facts(kind: Kind, body: Mapping[str, Any], long: Long = NOTHING_LONG) -
     salt = spelled.plain(salt) if isinstance(salt, str) and salt else None
     model = None if model is None else spelled.plain(model)
     return Facts(
-        model, prompt.tokens, seed, prompt.text, prompt.size, salt, len(prompts), output_tokens=_output_tokens(body)
+        model,
+        prompt.tokens,
+        seed,
+        prompt.text,
+        prompt.size,
+        salt,
+        len(prompts),
+        output_tokens=_output_tokens(body),
+        may_be_cut=body.get("truncate_prompt_tokens") is not None,
     )
 
 

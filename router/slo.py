@@ -1,4 +1,4 @@
-"""What a client asks of the service by headers: objectives, priority, tenant, how long it may wait. Pure.
+"""What a client asks of the service by headers: objectives, priority, tenant, time to wait, engines. Pure.
 
 Ours come first, then llm-d's names for the same, then the names that llm-d had for them before.
 """
@@ -6,11 +6,12 @@ Ours come first, then llm-d's names for the same, then the names that llm-d had 
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from vllm_llmd.errors import ConfigError
-from vllm_llmd.router.request import RequestError
+from vllm_llmd.router.request import Facts, RequestError
+from vllm_llmd.router.selector import Selector, SelectorError, read_selector
 
 TTFT: Final = ("x-llmd-slo-ttft-ms", "x-llm-d-slo-ttft-ms", "x-slo-ttft-ms")
 TPOT: Final = ("x-llmd-slo-tpot-ms", "x-llm-d-slo-tpot-ms", "x-slo-tpot-ms")
@@ -19,12 +20,13 @@ OBJECTIVE: Final = ("x-llm-d-inference-objective", "x-gateway-inference-objectiv
 TENANT: Final = ("x-llmd-tenant", "x-llm-d-inference-fairness-id", "x-gateway-inference-fairness-id")
 TTL_MS: Final = "x-llmd-ttl-ms"
 TTL: Final = "x-llm-d-inference-ttl"
+LABELS: Final = "x-llmd-engine-labels"
 
 MOST_MS: Final = 3_600_000
 MOST_URGENT: Final = 1000
 LONGEST_TENANT: Final = 256
 
-_KNOWN: Final = frozenset((*TTFT, *TPOT, PRIORITY, *OBJECTIVE, *TENANT, TTL_MS, TTL))
+_KNOWN: Final = frozenset((*TTFT, *TPOT, PRIORITY, *OBJECTIVE, *TENANT, TTL_MS, TTL, LABELS))
 _NUMBER: Final = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?", re.ASCII)
 _WHOLE: Final = re.compile(r"[+-]?[0-9]{1,9}", re.ASCII)
 _DURATION: Final = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)(ns|us|µs|ms|s|m|h)", re.ASCII)
@@ -35,7 +37,8 @@ _UNIT_MS: Final = {"ns": 1e-6, "us": 1e-3, "µs": 1e-3, "ms": 1.0, "s": 1e3, "m"
 class Wish:
     """`ttft_ms` and `tpot_ms` are objectives; higher priorities go first, negative ones are best effort.
 
-    `tenant` is empty for whoever names none. `ttl_ms` is how long the request may wait for an engine.
+    `tenant` is empty for whoever names none. `ttl_ms` is how long the request may wait for an engine, `selector` which
+    engines it may go to.
     """
 
     ttft_ms: float | None = None
@@ -43,6 +46,7 @@ class Wish:
     priority: int = 0
     tenant: str = ""
     ttl_ms: float | None = None
+    selector: Selector | None = None
 
 
 NOTHING: Final = Wish()
@@ -63,7 +67,15 @@ def read_wish(headers: Iterable[tuple[str, str]], objectives: Mapping[str, int])
         priority=_priority(said, objectives),
         tenant=_tenant(said),
         ttl_ms=_ttl_ms(said),
+        selector=_selector(said),
     )
+
+
+def with_wish(facts: Facts, wish: Wish) -> Facts:
+    """The facts with what concerns the choice of an engine."""
+    if wish.selector is None and wish.ttft_ms is None and wish.tpot_ms is None:
+        return facts
+    return replace(facts, selector=wish.selector, ttft_ms=wish.ttft_ms, tpot_ms=wish.tpot_ms)
 
 
 def read_objectives(texts: Iterable[str]) -> dict[str, int]:
@@ -145,6 +157,13 @@ def _tenant(said: Mapping[str, str]) -> str:
     if len(text) > LONGEST_TENANT or not text.isprintable():
         raise RequestError(f"{name} must be at most {LONGEST_TENANT} printable characters; got {_shown(text)}", name)
     return text
+
+
+def _selector(said: Mapping[str, str]) -> Selector | None:
+    try:
+        return read_selector(said.get(LABELS, ""))
+    except SelectorError as error:
+        raise RequestError(f"{LABELS} {error}", LABELS) from None
 
 
 def _shown(text: str) -> str:

@@ -111,6 +111,7 @@ class StockFleet:
             max_model_len=models.max_model_len,
             fingerprint=f"stock engine {rank.id}",
             workers=[],
+            labels=dict(rank.labels),
         )
 
     # --- events -----------------------------------------------------------------------------------------------------

@@ -1,15 +1,19 @@
 """What a user says of an engine that runs without our plugin: `http=http://HOST:8000,events=tcp://HOST:5557`. Pure."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import msgspec
 
+from vllm_llmd import labels
 from vllm_llmd.errors import ConfigError
 from vllm_llmd.names import EngineId
 
 LARGEST_PORT: Final = 65_535
+
+LABEL: Final = "label."
+"""What stands before the key of a label."""
 
 
 class StockEngine(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -25,6 +29,7 @@ class StockEngine(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     block_size: int | None = None
     dp: int = 1
     topic: str = ""
+    labels: dict[str, str] = {}
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,7 @@ class Rank:
     replay: str | None
     topic: str
     block_size: int | None
+    labels: Mapping[str, str] = field(default_factory=dict)
 
 
 def parse(text: str) -> StockEngine:
@@ -48,12 +54,13 @@ def parse(text: str) -> StockEngine:
         if not found or key in said:
             raise ConfigError(f"stock_engine must look like http=URL,events=tcp://HOST:PORT; got {text!r}")
         said[key] = value
-    known = StockEngine.__struct_fields__
+    labelled = {key.removeprefix(LABEL): said.pop(key) for key in [*said] if key.startswith(LABEL)}
+    known = [field for field in StockEngine.__struct_fields__ if field != "labels"]
     for key in said:
         if key not in known:
-            raise ConfigError(f"stock_engine has an unknown key '{key}'; known are {', '.join(known)}")
+            raise ConfigError(f"stock_engine has an unknown key '{key}'; known are {', '.join(known)}, {LABEL}KEY")
     try:
-        engine = msgspec.convert(said, StockEngine, strict=False)
+        engine = msgspec.convert(said | {"labels": labelled}, StockEngine, strict=False)
     except msgspec.ValidationError as error:
         raise ConfigError(f"stock_engine {text!r}: {error}") from None
     _check(engine)
@@ -72,6 +79,7 @@ def ranks(engine: StockEngine) -> Iterator[Rank]:
             replay=None if engine.replay is None else _moved(engine.replay, rank),
             topic=engine.topic,
             block_size=engine.block_size,
+            labels=engine.labels,
         )
 
 
@@ -88,6 +96,8 @@ def _check(engine: StockEngine) -> None:
             raise ConfigError(f"stock_engine '{key}' must be at least 1; got {number}")
     if engine.id is not None and ("/" in engine.id or not engine.id):
         raise ConfigError(f"stock_engine 'id' must be a name without slashes; got {engine.id!r}")
+    if objection := labels.objection(engine.labels):
+        raise ConfigError(f"stock_engine labels {objection}")
 
 
 def _host(url: str) -> str:

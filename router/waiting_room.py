@@ -15,6 +15,7 @@ from vllm_llmd.router.fleet import Fleet
 from vllm_llmd.router.flow import Arrival, Flow, IsOpen, Item, Pool, QueueLimits, Shed, to_wait
 from vllm_llmd.router.membership import Engine, State
 from vllm_llmd.router.observe import Metrics, band
+from vllm_llmd.router.rosters import may_take
 from vllm_llmd.router.settings import RouterSettings
 from vllm_llmd.router.slo import Wish
 
@@ -128,13 +129,13 @@ class WaitingRoom:
         self._tick_soon()
 
     def _has_room(self, pool: Pool) -> bool:
-        model, needs_source = pool
-        return saturation.has_room(self._fleet.roster(model), needs_source, self._limits, self._clock.now_ms())
+        wanted, needs_source = pool
+        return saturation.has_room(self._fleet.roster(wanted), needs_source, self._limits, self._clock.now_ms())
 
     def _is_open_at(self, engine: Engine, pool: Pool) -> bool:
         """Whether there is room, given that the engine has some."""
-        model, needs_source = pool
-        if not engine.info.serves(model):
+        wanted, needs_source = pool
+        if not may_take(engine, wanted):
             return False
-        wants_another = engine.info.role == "prefill" or (needs_source and len(self._fleet.roster(model).prefillers))
+        wants_another = engine.info.role == "prefill" or (needs_source and len(self._fleet.roster(wanted).prefillers))
         return self._has_room(pool) if wants_another else engine.state is State.READY

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from vllm_llmd import labels
 from vllm_llmd.errors import ConfigError
 from vllm_llmd.names import Role
 from vllm_llmd.wire import EngineInfo
@@ -57,7 +58,7 @@ class EngineSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Bearer token for the other engines' API. By default `VLLM_API_KEY`."""
 
     labels: dict[str, str] = {}
-    """Free labels that the router publishes with the engine."""
+    """Labels that requests can select engines by, of the shapes that Kubernetes gives them: `{"zone": "a"}`."""
 
     @property
     def routers(self) -> tuple[str, ...]:
@@ -90,6 +91,8 @@ def read_engine_settings(extra_config: Mapping[str, Any]) -> EngineSettings:
         raise ConfigError(
             f"kv_connector_extra_config 'min_order_tokens' must be at least 1; got {settings.min_order_tokens}"
         )
+    if objection := labels.objection(settings.labels):
+        raise ConfigError(f"kv_connector_extra_config 'labels' {objection}")
     return msgspec.structs.replace(
         settings,
         secret=settings.secret or os.environ.get("VLLM_LLMD_SECRET"),

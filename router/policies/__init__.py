@@ -1,6 +1,7 @@
 """The policies that a router can be started with, by name: ours, and those of other packages.
 
-Another package adds one with an entry point in the group `vllm_llmd.policies` that names a `policy.Factory`.
+Another package adds one with an entry point in the group `vllm_llmd.policies` that names a `policy.Factory`, and
+filters, which all policies keep to, in the group `vllm_llmd.filters`.
 """
 
 import importlib
@@ -8,6 +9,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Final
 
 from vllm_llmd.errors import ConfigError
+from vllm_llmd.router import filters
 from vllm_llmd.router.policy import Factory, Policy, PolicySettings
 
 GROUP: Final = "vllm_llmd.policies"
@@ -31,7 +33,15 @@ def names() -> list[str]:
 
 
 def make(name: str, settings: PolicySettings) -> Policy:
-    """The policy of this name. Raises ConfigError if there is none, or it cannot be made."""
+    """The policy of this name, which sees only whom filters let through.
+
+    Raises ConfigError if there is none, or it cannot be made, or a filter cannot be had.
+    """
+    made, found = _make(name, settings), loaded(filters.GROUP)
+    return filters.Filtered(made, found) if found else made
+
+
+def _make(name: str, settings: PolicySettings) -> Policy:
     if name in BUILT_IN:
         module, _, factory = BUILT_IN[name].partition(":")
         made: Policy = getattr(importlib.import_module(f"{__name__}.{module}"), factory)(settings)

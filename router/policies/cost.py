@@ -1,29 +1,24 @@
 """The plan that adds the least latency to all requests, in predicted milliseconds. Pure.
 
-Terms and filters of other packages join it by entry points in `vllm_llmd.terms` and `vllm_llmd.filters`.
+Terms of other packages join it by entry points in `vllm_llmd.terms`.
 """
 
 from collections.abc import Callable, Mapping
 from typing import Final
 
 import numpy as np
-import numpy.typing as npt
 
 from vllm_llmd.router import policies
 from vllm_llmd.router.candidates import Candidates, Milliseconds
-from vllm_llmd.router.plans import Asked, Mask
+from vllm_llmd.router.plans import Asked
 from vllm_llmd.router.plans_cpu import Search
 from vllm_llmd.router.policy import Choice, Policy, PolicySettings
 from vllm_llmd.router.request import Facts
 
 TERMS: Final = "vllm_llmd.terms"
-FILTERS: Final = "vllm_llmd.filters"
 
 Term = Callable[[Facts, Candidates], Milliseconds]
 """What it costs to decode at each candidate, beside what this package thinks of."""
-
-Filter = Callable[[Facts, Candidates], npt.NDArray[np.bool_]]
-"""Who of the candidates may decode at all."""
 
 JITTER_MS: Final = 1e-6
 """By so much plans may differ and still be equals, among whom chance decides."""
@@ -32,11 +27,10 @@ WORST_MS: Final = 1e12
 
 
 class Cost:
-    def __init__(self, settings: PolicySettings, terms: Mapping[str, Term], filters: Mapping[str, Filter]) -> None:
+    def __init__(self, settings: PolicySettings, terms: Mapping[str, Term]) -> None:
         self._min_remote_tokens = settings.min_remote_tokens
         self._chance = np.random.default_rng(settings.rng.getrandbits(64))
         self._terms = terms
-        self._filters = filters
         self._search = Search()
 
     def choose(self, facts: Facts, candidates: Candidates) -> Choice | None:
@@ -44,16 +38,7 @@ class Cost:
             return None
         more = {f"{name}_ms": _usable(term(facts, candidates)) for name, term in self._terms.items()}
         chance_ms = JITTER_MS * self._chance.random(len(candidates))
-        allowed = self._allowed(facts, candidates)
-        return self._search.cheapest(Asked(facts, candidates, more, allowed, chance_ms, self._min_remote_tokens))
-
-    def _allowed(self, facts: Facts, candidates: Candidates) -> Mask | None:
-        if not self._filters:
-            return None
-        allowed = np.ones(len(candidates), bool)
-        for each in self._filters.values():
-            allowed &= each(facts, candidates)
-        return allowed
+        return self._search.cheapest(Asked(facts, candidates, more, None, chance_ms, self._min_remote_tokens))
 
 
 def _usable(term: Milliseconds) -> Milliseconds:
@@ -63,4 +48,4 @@ def _usable(term: Milliseconds) -> Milliseconds:
 
 def cost(settings: PolicySettings) -> Policy:
     """Raises ConfigError if what another package adds cannot be had."""
-    return Cost(settings, policies.loaded(TERMS), policies.loaded(FILTERS))
+    return Cost(settings, policies.loaded(TERMS))

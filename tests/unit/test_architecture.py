@@ -13,7 +13,7 @@ FOLDERS = ("vllm_llmd", "kv_connector", "router", "kernels")
 TOP_LEVEL = ("kernels", "kv_connector", "router")
 """Folders that are packages inside `vllm_llmd`, and must not be imported by their bare names."""
 
-VALUES = ("names", "wire", "wire_link", "wire_peer", "errors", "clock", "settings")
+VALUES = ("names", "labels", "wire", "wire_link", "wire_peer", "errors", "clock", "settings")
 """Modules of `vllm_llmd` that everything may import, and that import nothing but each other."""
 
 IO = {
@@ -54,13 +54,15 @@ PURE = (
     "router/membership.py",
     "router/cursor.py",
     "router/fleet.py",
-    "router/rosters.py",
     "router/stock_members.py",
     "router/candidates.py",
     "router/engine_model.py",
     "router/least_squares.py",
     "router/seen.py",
     "router/picker.py",
+    "router/filters.py",
+    "router/rosters.py",
+    "router/selector.py",
     "router/plans.py",
     "router/plans_cpu.py",
     "router/policy.py",
@@ -124,6 +126,7 @@ PURE = (
     "vllm_llmd/simulate/trace.py",
     "vllm_llmd/simulate/traffic.py",
     "vllm_llmd/names.py",
+    "vllm_llmd/labels.py",
     "vllm_llmd/errors.py",
     "vllm_llmd/wire.py",
     "vllm_llmd/wire_link.py",

@@ -279,20 +279,10 @@ def test_a_term_of_another_package_counts_and_its_nonsense_does_not() -> None:
     def far(_: Facts, candidates: Candidates) -> np.ndarray:
         return np.array([1e5, np.nan])
 
-    chooser = Cost(SETTINGS, {"far": far}, {})
+    chooser = Cost(SETTINGS, {"far": far})
     rows = [Row("a", prefix=200), Row("b")]
     decision = decide(facts(4000), columns(rows), chooser)
     assert decision is not None and decision.destination == "b" and decision.terms["far_ms"] == 0
-
-
-def test_a_filter_of_another_package_bars_engines_from_decoding() -> None:
-    def second(_: Facts, candidates: Candidates) -> np.ndarray:
-        return np.arange(len(candidates)) == 1
-
-    chooser = Cost(SETTINGS, {}, {"second": second})
-    decision = decide(facts(4000), columns([Row("a", prefix=200), Row("b")]), chooser)
-    assert decision is not None and decision.destination == "b"
-    assert decide(facts(4000), columns([Row("a")]), chooser) is None
 
 
 def test_every_rate_has_a_column() -> None:

@@ -27,6 +27,7 @@ def test_one_router_or_several() -> None:
         ({"lease_ms": 10**6}, "at most 60000"),
         ({"min_order_tokens": 0}, "at least 1"),
         ({"labels": {"zone": 1}}, "labels"),
+        ({"labels": {"zone": "a b"}}, "labels.*values"),
         ({"peers": [{"id": "x"}]}, "peers"),
     ],
 )

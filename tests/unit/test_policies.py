@@ -172,7 +172,7 @@ def elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two policies of another package, as if it were installed."""
     here = "tests.unit.test_policies"
     entries = [EntryPoint(name, f"{here}:{value}", policies.GROUP) for name, value in PLUGINS.items()]
-    monkeypatch.setattr(policies, "entry_points", lambda group: entries)
+    monkeypatch.setattr(policies, "entry_points", lambda group: [each for each in entries if each.group == group])
     monkeypatch.setattr(EntryPoint, "load", lambda self: globals()[self.value.partition(":")[2]])
 
 

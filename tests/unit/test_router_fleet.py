@@ -37,7 +37,7 @@ SETTINGS = RouterSettings()
 
 
 def info(epoch: int = 1, engine: EngineId = A, **fields: object) -> wire.EngineInfo:
-    plain = wire.EngineInfo(engine, Epoch(epoch), "both", "http://h", ["m"], 2, 99, 99, "f", [])
+    plain = wire.EngineInfo(engine, Epoch(epoch), "both", "http://h", ["m"], 2, 99, 9999, "f", [])
     return msgspec.structs.replace(plain, **fields)
 
 

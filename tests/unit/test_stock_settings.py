@@ -17,7 +17,7 @@ def test_http_and_events_are_enough() -> None:
 
 
 def test_everything_can_be_said() -> None:
-    engine = parse(f"{NEEDED},replay=tcp://h:5558,id=one,block_size=32,dp=2,topic=kv")
+    engine = parse(f"{NEEDED},replay=tcp://h:5558,id=one,block_size=32,dp=2,topic=kv,label.gpu=h100,label.x.y/z=")
     assert engine == StockEngine(
         http="http://h:8000",
         events="tcp://h:5557",
@@ -26,6 +26,7 @@ def test_everything_can_be_said() -> None:
         block_size=32,
         dp=2,
         topic="kv",
+        labels={"gpu": "h100", "x.y/z": ""},
     )
 
 
@@ -45,6 +46,9 @@ def test_every_rank_is_an_engine_with_ports_of_its_own() -> None:
         ("events=tcp://h:5557", "missing required field `http`"),
         ("http=http://h:8000", "missing required field `events`"),
         (f"{NEEDED},color=red", "unknown key 'color'; known are http, events, replay"),
+        (f"{NEEDED},label.gpu=a b", "labels must have values"),
+        (f"{NEEDED},label.=a", "labels must have keys"),
+        (f"{NEEDED},labels=a", "unknown key 'labels'"),
         (f"{NEEDED},dp=two", "Expected `int`"),
         (f"{NEEDED},dp=0", "'dp' must be at least 1; got 0"),
         (f"{NEEDED},block_size=0", "'block_size' must be at least 1; got 0"),

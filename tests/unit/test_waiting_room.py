@@ -12,6 +12,7 @@ from vllm_llmd.router.fleet import Fleet
 from vllm_llmd.router.flow import Arrival, Shed
 from vllm_llmd.router.membership import Engine, Placed
 from vllm_llmd.router.observe import Metrics
+from vllm_llmd.router.rosters import Wanted
 from vllm_llmd.router.settings import RouterSettings
 from vllm_llmd.router.slo import Wish
 from vllm_llmd.router.waiting_room import WaitingRoom
@@ -39,7 +40,7 @@ class Place:
         self.room = WaitingRoom(self.settings, fleet, Metrics(fleet), clock)
 
     async def serve(self, request: str, wish: Wish, turns: int) -> None:
-        arrival = Arrival(request, ("m", False), 10, None, 100, MonotonicClock().now_ms())
+        arrival = Arrival(request, (Wanted("m"), False), 10, None, 100, MonotonicClock().now_ms())
         shed = await self.room.admit(arrival, wish)
         if shed is not None:
             self.shed[request] = shed

@@ -93,7 +93,7 @@ class Simulation:
         prompt = request.prompt()
         decision = self._routing.decide(name, prompt)
         if decision is None:
-            self._refuse(outcome, "no engine is ready")
+            self._refuse(outcome, "no engine is ready, or none is long enough")
             return
         member = self._by_id[decision.destination]
         size = member.info.block_size

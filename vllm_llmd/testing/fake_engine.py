@@ -60,6 +60,8 @@ class FakeSettings:
     port: int = 0
     max_sequences: int | None = None
     priorities: bool = False
+    labels: tuple[tuple[str, str], ...] = ()
+    max_model_len: int = 4096
 
 
 @dataclass
@@ -97,7 +99,8 @@ class FakeEngine:
             models=list(self.settings.models),
             block_size=self.settings.block_size,
             num_blocks=1000,
-            max_model_len=4096,
+            max_model_len=self.settings.max_model_len,
+            labels=dict(self.settings.labels),
             fingerprint=self.settings.fingerprint,
             workers=[],
             priorities=self.settings.priorities,
