@@ -31,7 +31,7 @@ INTERPRETED := TRITON_INTERPRET=1 $(PYTEST) tests/gpu/test_block_copy_gpu.py
 export PYTHONSAFEPATH := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test check lint format test-unit test-engine test-gpu bench-pd bench-timeline bench-index bench-sim bench-step bench-copy \
+.PHONY: demo test check lint format test-unit test-engine test-gpu bench-pd bench-timeline bench-index bench-routing bench-sim bench-step bench-copy \
 	model model-tiny model-smollm2 install lock dist clean distclean help
 
 demo: $(READY) $(SMOLLM2)/$(MARKER) ## two real engines, a router, one chat: ends with one line of JSON
@@ -77,12 +77,17 @@ bench-pd: $(READY) $(TINY:=/$(MARKER)) $(SMOLLM2)/$(MARKER) ## prefill/decode be
 bench-timeline: $(READY) $(SMOLLM2)/$(MARKER) ## draw what two engines do during one request, as docs/timeline.svg
 	@$(PY) bench/timeline.py $(ARGS)
 
-# Dynamo lives in an environment of its own, beside the router's packages alone. Real engines run in the usual one.
+# Dynamo lives in an environment for benchmarks, beside the router's packages. Real engines run in the usual one.
 bench-index: $(READY) .models/tiny/$(MARKER) ## the prefix index against NVIDIA Dynamo's; ARGS="--parts table"
 	@$(MAKE) --no-print-directory VENV=$(VENV)-bench LOCKS=requirements/bench.txt bench-index-here
 
 bench-index-here: $(READY)
 	@PYTHONPATH=$(CURDIR)/bench $(PY) -m index --engine-python .venv/bin/python $(ARGS)
+
+# vLLM's router lives in the environment of the benchmarks; everything else runs in the usual one.
+bench-routing: $(READY) $(SMOLLM2)/$(MARKER) ## placement against other routers, on real engines; ARGS=--quick, ARGS=--resume
+	@$(MAKE) --no-print-directory VENV=$(VENV)-bench LOCKS=requirements/bench.txt install
+	@PYTHONPATH=$(CURDIR)/bench $(PY) -m routing --vllm-router $(VENV)-bench/bin/vllm-router $(ARGS)
 
 bench-sim: $(READY) ## policies on a trace of production, on simulated fleets: TRACE=FILE, ARGS="--engines 8"
 	@test -n "$(TRACE)" || { echo "error: say which trace: make bench-sim TRACE=FILE" >&2; exit 1; }
@@ -134,7 +139,7 @@ lock: $(READY) ## pin anew what requirements/*.in ask for; UPGRADE=--upgrade tak
 	$(UV_COMPILE) --overrides requirements/overrides.txt requirements/cpu.in -o requirements/cpu.txt
 	$(UV_COMPILE) --constraints requirements/cpu.txt requirements/dev.in -o requirements/dev.txt
 	$(UV_COMPILE) --constraints requirements/cpu.txt requirements/router.in -o requirements/router.txt
-	$(UV_COMPILE) --constraints requirements/cpu.txt requirements/bench.in -o requirements/bench.txt
+	$(UV_COMPILE) --constraints requirements/router.txt requirements/bench.in -o requirements/bench.txt
 	for version in $(VERSIONS); do $(UV_COMPILE) --overrides requirements/overrides.txt \
 		requirements/cpu-$$version.in -o requirements/cpu-$$version.txt; done
 

@@ -132,9 +132,9 @@ def running(site: Site, ours: Sequence[EngineSpec], theirs: Sequence[str]) -> It
         if ours:
             router = stack.enter_context(_router(site))
             members = [stack.enter_context(_member(site, spec, router)) for spec in ours]
-            _await(members, lambda engine: _is_ready(router, engine))
+            await_all(members, lambda engine: is_ready(router, engine))
             engines += members
-        _await(engines, lambda engine: _get(f"{engine.http}/health") is not None)
+        await_all(engines, lambda engine: fetched(f"{engine.http}/health") is not None)
         yield {engine.name: engine for engine in engines}
 
 
@@ -152,44 +152,50 @@ def _servers(theirs: str) -> list[tuple[str, dict[str, Any] | None]]:
 @contextmanager
 def _server(site: Site, name: str, transfer: dict[str, Any] | None) -> Iterator[Engine]:
     """A vLLM server that is not ours, as soon as it has been started."""
-    with _port() as http, _port() as side_channel:
+    with free_port() as http, free_port() as side_channel:
         argv = [*VLLM_SERVER, "--model", str(site.model), "--host", HOST, "--port", str(http)]
         if transfer is not None:
             argv += ["--kv-transfer-config", json.dumps(transfer)]
         own = {"VLLM_NIXL_SIDE_CHANNEL_HOST": HOST, "VLLM_NIXL_SIDE_CHANNEL_PORT": str(side_channel)}
         env = {**CPU_ENV, **site.environ, **own}
-        with _process(site, name, [*argv, *CPU_FLAGS, *ENGINE_FLAGS], env) as process:
+        argv += [*CPU_FLAGS, *ENGINE_FLAGS]
+        with started(Command(name, argv, env, site.log_dir / f"{name}.log")) as process:
             yield Engine(name, f"http://{HOST}:{http}", process)
 
 
 @contextmanager
 def _member(site: Site, spec: EngineSpec, router: Router) -> Iterator[Engine]:
     """An engine of ours, as soon as it has been started."""
-    with _port() as http:
+    with free_port() as http:
         argv = engine_argv(site.fleet, spec, http, router.zmq, gpus=0)
         env = engine_env(site.fleet, spec, site.environ, gpus=0)
-        with _process(site, spec.id, argv, env) as process:
+        with started(Command(spec.id, argv, env, site.log_dir / f"{spec.id}.log")) as process:
             yield Engine(spec.id, f"http://{HOST}:{http}", process)
 
 
 @contextmanager
 def _router(site: Site) -> Iterator[Router]:
     argv = router_argv(site.fleet, 0, f"tcp://{HOST}:0")
-    with _process(site, "router", argv, router_env(site.environ)) as process:
-        while True:
-            for line in process.output().splitlines(keepends=True):
-                if line.startswith('{"http"') and line.endswith("\n"):
-                    told = json.loads(line)
-                    yield Router(told["http"], told["router"])
-                    return
-            if not process.running:
-                raise process.failure()
-            time.sleep(_POLL_S)
+    with started(Command("router", argv, router_env(site.environ), site.log_dir / "router.log")) as process:
+        yield endpoints(process)
+
+
+def endpoints(router: GuardedProcess) -> Router:
+    """What a router of ours prints as soon as it listens. Raises LaunchError if it ends first."""
+    while True:
+        for line in router.output().splitlines(keepends=True):
+            if line.startswith('{"http"') and line.endswith("\n"):
+                told = json.loads(line)
+                return Router(told["http"], told["router"])
+        if not router.running:
+            raise router.failure()
+        time.sleep(_POLL_S)
 
 
 @contextmanager
-def _process(site: Site, name: str, argv: Sequence[str], env: Mapping[str, str]) -> Iterator[GuardedProcess]:
-    process = SessionProcess(Command(name, argv, env, site.log_dir / f"{name}.log"))
+def started(command: Command) -> Iterator[GuardedProcess]:
+    """The process, for as long as the context lasts. Raises LaunchError."""
+    process = SessionProcess(command)
     try:
         yield process
     finally:
@@ -197,12 +203,13 @@ def _process(site: Site, name: str, argv: Sequence[str], env: Mapping[str, str])
 
 
 @contextmanager
-def _port() -> Iterator[int]:
+def free_port() -> Iterator[int]:
+    """A port that is kept for a server."""
     with reserve_port(HOST) as held:
         yield held.getsockname()[1]
 
 
-def _await(engines: Sequence[Engine], is_ready: Callable[[Engine], bool]) -> None:
+def await_all(engines: Sequence[Engine], is_ready: Callable[[Engine], bool]) -> None:
     """Returns when all are. Raises LaunchError if one ends or takes too long."""
     give_up = time.monotonic() + _START_S
     for engine in engines:
@@ -214,12 +221,13 @@ def _await(engines: Sequence[Engine], is_ready: Callable[[Engine], bool]) -> Non
             time.sleep(_POLL_S)
 
 
-def _is_ready(router: Router, engine: Engine) -> bool:
-    listed = _get(f"{router.http}/admin/engines") or b'{"engines": []}'
+def is_ready(router: Router, engine: Engine) -> bool:
+    """Whether the router says so."""
+    listed = fetched(f"{router.http}/admin/engines") or b'{"engines": []}'
     return any(each["id"] == engine.name and each["state"] == "ready" for each in json.loads(listed)["engines"])
 
 
-def _get(url: str) -> bytes | None:
+def fetched(url: str) -> bytes | None:
     """What a server on this machine answers; None while it does not."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:

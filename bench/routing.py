@@ -1,0 +1,205 @@
+"""`make bench-routing`: our placement against other routers', on real engines, with real HTTP, on this machine.
+
+Writes results after every cell, so that an interrupted run can be continued. The last line printed is one JSON object.
+See bench/README.md.
+"""
+
+import argparse
+import asyncio
+import json
+import sys
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Final
+
+import routing_report
+import uvloop
+from pd import versions
+from pd_engines import Engine, free_port
+from routing_arms import ARMS, OURS, Front, Places, front
+from routing_client import Users
+from routing_engines import Site, empty, engines, served
+from routing_plan import WORKLOADS, Workload, rotated, unit_probe, warm_up
+from routing_values import Cell, Results, Settings, load, save
+
+from vllm_llmd.errors import LlmdError
+from vllm_llmd.launch import ToldToStop, signals_as_exceptions
+from vllm_llmd.launch_spec import HOST
+
+FULL: Final = {"repetitions": 3, "scale": 1.0}
+QUICK: Final = {"repetitions": 1, "scale": 0.25}
+"""Whether everything works, in a few minutes; its figures say little."""
+
+WARM_UP_REQUESTS: Final = 16
+SETTLE_S: Final = 0.5
+"""After the caches have been emptied: the news has to reach our router, which takes a heartbeat at most."""
+
+
+@dataclass(frozen=True)
+class Desk:
+    """What every cell works with."""
+
+    results: Results
+    engines: list[Engine]
+    places: Places
+
+    @property
+    def unit_s(self) -> float:
+        return (self.results.unit_ms or 0.0) / 1000
+
+
+def say(line: str) -> None:
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+def plan(settings: Settings) -> list[tuple[int, str, str]]:
+    """Every cell in order. The arms of a workload follow each other, each time beginning with another one."""
+    return [
+        (repetition, workload, arm)
+        for repetition in range(settings.repetitions)
+        for place, workload in enumerate(settings.workloads)
+        for arm in rotated(settings.arms, repetition + place)
+    ]
+
+
+async def held(http: str, unit_s: float, workload: Workload) -> Users:
+    async with Users(http, unit_s) as users:
+        await users.hold(workload)
+    return users
+
+
+async def unit_ms(running: list[Engine]) -> float:
+    """How long a prefill of 1,000 tokens takes while all engines have one. The first round warms them."""
+    for number in range(2):
+        users = await asyncio.gather(*(held(engine.http, 0.0, unit_probe(number)) for engine in running))
+    return median(asked.ttft_ms for each in users for asked in each.asked)
+
+
+def measure(desk: Desk, key: tuple[int, str, str]) -> Cell:
+    """One cell. Raises LlmdError."""
+    repetition, name, arm = key
+    settings = desk.results.settings
+    workload = WORKLOADS[name](settings.seed + repetition, settings.scale)
+    with front(arm, desk.engines, desk.places) as router:
+        uvloop.run(held(router.http, desk.unit_s, warm_up(WARM_UP_REQUESTS)))
+        empty(desk.engines)
+        time.sleep(SETTLE_S)
+        before = served(desk.engines)
+        users = uvloop.run(held(router.http, desk.unit_s, workload))
+        split = [after - former for after, former in zip(served(desk.engines), before, strict=True)]
+        return cell_of(key, users, split, router)
+
+
+def cell_of(key: tuple[int, str, str], users: Users, split: list[int], router: Front) -> Cell:
+    asked = sorted(users.asked, key=lambda each: each.sent_ms)
+    if asked[0].cached_tokens:
+        raise LlmdError(f"the first request found {asked[0].cached_tokens} tokens in a cache that should be empty")
+    return Cell(
+        repetition=key[0],
+        workload=key[1],
+        arm=key[2],
+        lasted_ms=round((users.ended_s - users.began_s) * 1000, 1),
+        asked=asked,
+        split=split,
+        told=router.told() if key[2] == OURS else {},
+    )
+
+
+def measure_all(desk: Desk, out: Path, until_s: float) -> list[str]:
+    """Every cell that is not done yet, as long as there is time; returns what failed, in words."""
+    failed, cells = [], plan(desk.results.settings)
+    for number, key in enumerate(cells, start=1):
+        if key in desk.results.done:
+            continue
+        if time.monotonic() > until_s:
+            say(f"{len(cells) - number + 1} of {len(cells)} are left; --resume goes on with them")
+            break
+        title = f"{number} of {len(cells)}: {key[1]}, {key[2]}, repetition {key[0] + 1}"
+        try:
+            cell = measure(desk, key)
+        except LlmdError as error:
+            failed.append(f"{title}: {error}")
+            say(f"FAILED {failed[-1]}")
+            continue
+        desk.results.cells.append(cell)
+        desk.results.summary = routing_report.summary(desk.results)
+        save(desk.results, out)
+        say(f"{title}: {routing_report.line(cell, desk.results.settings)}")
+    return failed
+
+
+def run(results: Results, args: argparse.Namespace) -> list[str]:
+    """Starts the engines and measures; returns what failed. Raises LlmdError if nothing can be measured."""
+    with ExitStack() as stack:
+        link = f"tcp://{HOST}:{stack.enter_context(free_port())}"
+        site = Site(Path(results.settings.model), args.log_dir, results.settings.engines, link)
+        began_s = time.monotonic()
+        running = list(stack.enter_context(engines(site)))
+        say(f"{len(running)} engines up after {time.monotonic() - began_s:.0f} s")
+        now_ms = uvloop.run(unit_ms(running))
+        results.unit_ms = results.unit_ms or round(now_ms, 1)
+        say(f"1,000 tokens of prefill take {now_ms:.0f} ms; a unit is {results.unit_ms:.0f} ms")
+        desk = Desk(results, running, Places(args.vllm_router, link, args.log_dir))
+        return measure_all(desk, args.out, began_s + args.minutes * 60)
+
+
+def settings_from(args: argparse.Namespace) -> Settings:
+    preset = QUICK if args.quick else FULL
+    return Settings(
+        model=args.model,
+        engines=args.engines,
+        arms=args.arms,
+        workloads=args.workloads,
+        repetitions=int(args.repetitions or preset["repetitions"]),
+        scale=float(args.scale or preset["scale"]),
+        seed=args.seed,
+        slo_ttft_ms=args.slo_ttft_ms,
+        slo_tpot_ms=args.slo_tpot_ms,
+    )
+
+
+def read_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m routing", description="placement benchmark; see bench/README.md")
+    parser.add_argument("--quick", action="store_true", help="see whether everything works; the figures say little")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="default: all, %(default)s")
+    parser.add_argument("--workloads", nargs="+", choices=list(WORKLOADS), default=list(WORKLOADS), help="default: all")
+    parser.add_argument("--repetitions", type=int, metavar="N", help="default: 3; with --quick 1")
+    parser.add_argument("--scale", type=float, metavar="X", help="of the requests; default: 1; with --quick 0.25")
+    parser.add_argument("--seed", type=int, default=0, help="of the first repetition (default: %(default)s)")
+    parser.add_argument("--engines", type=int, default=2, help="default: %(default)s")
+    parser.add_argument("--model", default=".models/smollm2", help="default: %(default)s")
+    parser.add_argument("--slo-ttft-ms", type=float, default=1500.0, help="default: %(default)s")
+    parser.add_argument("--slo-tpot-ms", type=float, default=150.0, help="default: %(default)s")
+    parser.add_argument("--minutes", type=float, default=24 * 60.0, help="begin nothing after so long")
+    parser.add_argument("--resume", action="store_true", help="go on with the results of an interrupted run")
+    parser.add_argument("--vllm-router", default=".venv-bench/bin/vllm-router", help="default: %(default)s")
+    parser.add_argument("--out", type=Path, default=Path("bench/results/routing.json"), help="default: %(default)s")
+    parser.add_argument("--log-dir", type=Path, default=Path(".logs/bench-routing"), help="default: %(default)s")
+    return parser.parse_args()
+
+
+def main() -> int:
+    args = read_arguments()
+    try:
+        with signals_as_exceptions():
+            settings = settings_from(args)
+            results = load(args.out, settings) if args.resume else Results(settings=settings, versions=versions())
+            failed = run(results, args)
+    except ToldToStop as told:
+        sys.stderr.write(f"{told}: stopped; --resume goes on with what was finished\n")
+        return told.status
+    except LlmdError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
+    say(routing_report.tables(results))
+    sys.stdout.writelines(f"FAILED {each}\n" for each in failed)
+    say(json.dumps(routing_report.last_line(results)))
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

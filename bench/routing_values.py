@@ -1,0 +1,100 @@
+"""What `make bench-routing` is asked for and what it measures, as the values that stand in `results/routing.json`."""
+
+from pathlib import Path
+
+import msgspec
+
+from vllm_llmd.errors import ConfigError
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    """What to measure. Results of other settings cannot be continued."""
+
+    model: str
+    engines: int
+    arms: list[str]
+    workloads: list[str]
+    repetitions: int
+    scale: float
+    seed: int
+    slo_ttft_ms: float
+    slo_tpot_ms: float
+
+
+class Asked(msgspec.Struct, frozen=True, array_like=True):
+    """One request: when it was sent, in ms since the first of its cell; times to tokens; tokens as the engine counts.
+
+    `tpot_ms` is per token after the first. `conversation` and `turn` say which request of the workload it is.
+    """
+
+    conversation: int
+    turn: int
+    sent_ms: float
+    ttft_ms: float
+    tpot_ms: float
+    prompt_tokens: int
+    cached_tokens: int
+    output_tokens: int
+
+
+class Cell(msgspec.Struct, frozen=True, kw_only=True):
+    """One arm's requests of one workload, once, from cold caches.
+
+    `lasted_ms` is from the first request to the end of the last answer. `split` says how many requests each engine has
+    served. `told` is what our router thought of the engines in the end, and what it had decided; empty for others.
+    """
+
+    repetition: int
+    workload: str
+    arm: str
+    lasted_ms: float
+    asked: list[Asked]
+    split: list[int]
+    told: dict[str, object] = {}
+
+    @property
+    def key(self) -> tuple[int, str, str]:
+        return self.repetition, self.workload, self.arm
+
+
+class Results(msgspec.Struct, kw_only=True):
+    """Everything measured so far. `unit_ms` is what the plan's times are multiplied by."""
+
+    settings: Settings
+    versions: dict[str, str] = {}
+    unit_ms: float | None = None
+    cells: list[Cell] = []
+    summary: dict[str, object] = {}
+
+    @property
+    def done(self) -> set[tuple[int, str, str]]:
+        return {cell.key for cell in self.cells}
+
+
+def save(results: Results, path: Path) -> None:
+    """One cell a line. Replaces the file in one step: an interrupted run leaves the former one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    head = msgspec.to_builtins(msgspec.structs.replace(results, cells=[]))
+    del head["cells"]
+    lines = msgspec.json.format(msgspec.json.encode(head), indent=1).removesuffix(b"\n}")
+    cells = b",\n".join(map(msgspec.json.encode, results.cells))
+    partial = path.with_suffix(".partial")
+    partial.write_bytes(lines + b',\n "cells": [\n' + cells + b"\n ]\n}\n")
+    partial.replace(path)
+
+
+def load(path: Path, settings: Settings) -> Results:
+    """Results of a run that was interrupted. Raises ConfigError if there are none, or of other settings.
+
+    More repetitions may be asked for than before.
+    """
+    try:
+        results = msgspec.json.decode(path.read_bytes(), type=Results)
+    except FileNotFoundError:
+        raise ConfigError(f"nothing to resume: there is no {path}") from None
+    except msgspec.DecodeError as error:
+        raise ConfigError(f"{path} holds no results of this benchmark: {error}") from error
+    if msgspec.structs.replace(results.settings, repetitions=settings.repetitions) != settings:
+        raise ConfigError(f"{path} holds results of other settings: {results.settings}; asked for are {settings}")
+    results.settings = settings
+    return results
