@@ -5,16 +5,15 @@ See bench/README.md.
 """
 
 import argparse
-import asyncio
 import json
 import sys
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from typing import Final
 
+import routing_check
 import routing_report
 import uvloop
 from pd import versions
@@ -22,7 +21,8 @@ from pd_engines import Engine, free_port
 from routing_arms import ARMS, OURS, Front, Places, front
 from routing_client import Users
 from routing_engines import Site, empty, engines, served
-from routing_plan import WORKLOADS, Workload, rotated, unit_probe, warm_up
+from routing_plan import WORKLOADS, rotated, warm_up
+from routing_probe import held, probes, unit_ms
 from routing_values import Cell, Results, Settings, load, save
 
 from vllm_llmd.errors import LlmdError
@@ -64,19 +64,6 @@ def plan(settings: Settings) -> list[tuple[int, str, str]]:
         for place, workload in enumerate(settings.workloads)
         for arm in rotated(settings.arms, repetition + place)
     ]
-
-
-async def held(http: str, unit_s: float, workload: Workload) -> Users:
-    async with Users(http, unit_s) as users:
-        await users.hold(workload)
-    return users
-
-
-async def unit_ms(running: list[Engine]) -> float:
-    """How long a prefill of 1,000 tokens takes while all engines have one. The first round warms them."""
-    for number in range(2):
-        users = await asyncio.gather(*(held(engine.http, 0.0, unit_probe(number)) for engine in running))
-    return median(asked.ttft_ms for each in users for asked in each.asked)
 
 
 def measure(desk: Desk, key: tuple[int, str, str]) -> Cell:
@@ -143,8 +130,18 @@ def run(results: Results, args: argparse.Namespace) -> list[str]:
         now_ms = uvloop.run(unit_ms(running))
         results.unit_ms = results.unit_ms or round(now_ms, 1)
         say(f"1,000 tokens of prefill take {now_ms:.0f} ms; a unit is {results.unit_ms:.0f} ms")
+        results.probes = results.probes or uvloop.run(probes(running))
         desk = Desk(results, running, Places(args.vllm_router, link, args.log_dir))
         return measure_all(desk, args.out, began_s + args.minutes * 60)
+
+
+def check(results: Results, out: Path) -> None:
+    """Says what the simulator predicts for what was measured. Raises LlmdError for want of probes."""
+    fit = routing_check.fit_of(results)
+    found = routing_check.checked(results, fit)
+    results.checks = [{**vars(each), "ratio": each.ratio} for each in found]
+    save(results, out)
+    say(routing_check.table(found, fit))
 
 
 def settings_from(args: argparse.Namespace) -> Settings:
@@ -176,6 +173,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--slo-tpot-ms", type=float, default=150.0, help="default: %(default)s")
     parser.add_argument("--minutes", type=float, default=24 * 60.0, help="begin nothing after so long")
     parser.add_argument("--resume", action="store_true", help="go on with the results of an interrupted run")
+    parser.add_argument("--check", action="store_true", help="measure nothing: compare the simulator with the results")
     parser.add_argument("--vllm-router", default=".venv-bench/bin/vllm-router", help="default: %(default)s")
     parser.add_argument("--out", type=Path, default=Path("bench/results/routing.json"), help="default: %(default)s")
     parser.add_argument("--log-dir", type=Path, default=Path(".logs/bench-routing"), help="default: %(default)s")
@@ -187,15 +185,20 @@ def main() -> int:
     try:
         with signals_as_exceptions():
             settings = settings_from(args)
-            results = load(args.out, settings) if args.resume else Results(settings=settings, versions=versions())
-            failed = run(results, args)
+            results = (
+                load(args.out, settings)
+                if args.resume or args.check
+                else Results(settings=settings, versions=versions())
+            )
+            failed = [] if args.check else run(results, args)
+            say(routing_report.tables(results))
+            check(results, args.out)
     except ToldToStop as told:
         sys.stderr.write(f"{told}: stopped; --resume goes on with what was finished\n")
         return told.status
     except LlmdError as error:
         sys.stderr.write(f"error: {error}\n")
         return 1
-    say(routing_report.tables(results))
     sys.stdout.writelines(f"FAILED {each}\n" for each in failed)
     say(json.dumps(routing_report.last_line(results)))
     return 1 if failed else 0

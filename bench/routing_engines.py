@@ -23,9 +23,17 @@ from routing_plan import BLOCK_TOKENS, CACHE_BLOCKS
 from vllm_llmd.launch_process import Command
 from vllm_llmd.launch_spec import HOST, EngineSpec, FleetSpec, engine_argv, engine_env
 
+STEP_TOKENS: Final = 512
 ENGINE_FLAGS: Final = (
     *("--served-model-name", MODEL_NAME, "--dtype", "float32", "--block-size", str(BLOCK_TOKENS)),
-    *("--max-model-len", "4096", "--max-num-batched-tokens", "512", "--num-gpu-blocks-override", str(CACHE_BLOCKS)),
+    *(
+        "--max-model-len",
+        "4096",
+        "--max-num-batched-tokens",
+        str(STEP_TOKENS),
+        "--num-gpu-blocks-override",
+        str(CACHE_BLOCKS),
+    ),
     "--disable-uvicorn-access-log",
 )
 EMPTYING_S: Final = 30.0

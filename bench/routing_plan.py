@@ -16,10 +16,6 @@ CACHE_BLOCKS: Final = 470
 """Of each engine: 15,040 tokens. The shared system prompts are 1.6 times as many."""
 
 
-SMALL_TALK: Final = 30
-"""Tokens that SmolLM2's chat template adds to a single message."""
-
-
 @dataclass(frozen=True)
 class Turn:
     """What a user says, how many tokens are answered, and how long after the former turn's answer it is said."""
@@ -74,7 +70,8 @@ def chats(seed: int, scale: float) -> Workload:
     conversations = []
     for at in _poisson(rng, rate=1.0, until=20.0 * scale):
         document = text(rng, rng.randint(600, 1000))
-        turns = [Turn(text(rng, rng.randint(40, 120)), 24, rng.expovariate(1 / 3)) for _ in range(rng.randint(4, 6))]
+        pauses = [0.0, *(rng.expovariate(1 / 3) for _ in range(rng.randint(3, 5)))]
+        turns = [Turn(text(rng, rng.randint(40, 120)), 24, pause) for pause in pauses]
         conversations.append(Conversation(document, tuple(turns), at))
     return Workload("chats", tuple(conversations))
 
@@ -121,13 +118,6 @@ def warm_up(count: int) -> Workload:
     rng = random.Random("warm up")
     asked = [Conversation("", (Turn(text(rng, 50 + 350 * number // count), 8),)) for number in range(count)]
     return Workload("warm-up", tuple(asked), clients=2)
-
-
-def unit_probe(number: int) -> Workload:
-    """Five prompts of 1,000 tokens, one after the other."""
-    rng = random.Random(f"unit {number}")
-    asked = [Conversation("", (Turn(text(rng, 1000 - SMALL_TALK), 1),)) for _ in range(5)]
-    return Workload("unit", tuple(asked), clients=1)
 
 
 def rotated(items: list[str], by: int) -> list[str]:

@@ -57,14 +57,32 @@ class Cell(msgspec.Struct, frozen=True, kw_only=True):
         return self.repetition, self.workload, self.arm
 
 
+class Probe(msgspec.Struct, frozen=True, kw_only=True):
+    """One request to an engine whose peers are as busy, without a router; `at_once` were sent together.
+
+    `cached_tokens` of its prompt were cached. `tpot_ms` is None for an answer of one token.
+    """
+
+    at_once: int
+    prompt_tokens: int
+    cached_tokens: int
+    ttft_ms: float
+    tpot_ms: float | None = None
+
+
 class Results(msgspec.Struct, kw_only=True):
-    """Everything measured so far. `unit_ms` is what the plan's times are multiplied by."""
+    """Everything measured so far. `unit_ms` is what the plan's times are multiplied by.
+
+    `checks` say what the simulator predicts, by workload and arm.
+    """
 
     settings: Settings
     versions: dict[str, str] = {}
     unit_ms: float | None = None
+    probes: list[Probe] = []
     cells: list[Cell] = []
     summary: dict[str, object] = {}
+    checks: list[dict[str, object]] = []
 
     @property
     def done(self) -> set[tuple[int, str, str]]:

@@ -16,7 +16,15 @@ import routing
 import routing_report
 from routing_arms import ARMS, OURS, POLICIES, ROUND_ROBINS, VLLM_POLICIES
 from routing_client import BenchError, _Answer
-from routing_plan import BLOCK_TOKENS, CACHE_BLOCKS, SYSTEM_TOKENS, SYSTEMS, WORKLOADS, Workload, warm_up
+from routing_plan import (
+    BLOCK_TOKENS,
+    CACHE_BLOCKS,
+    SYSTEM_TOKENS,
+    SYSTEMS,
+    WORKLOADS,
+    Workload,
+    warm_up,
+)
 from routing_values import Asked, Cell, Results, Settings, load, save
 from routing_words import WORDS, text
 

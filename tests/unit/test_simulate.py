@@ -2,9 +2,12 @@
 
 import argparse
 import asyncio
+import itertools
 import json
 import random
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import msgspec
@@ -77,6 +80,28 @@ def test_what_the_router_predicts_is_what_engines_find() -> None:
     for outcome in play(settings, "prefix_first").outcomes:
         found = outcome.prompt_tokens - outcome.computed_tokens
         assert found == min(outcome.predicted_cached_tokens, (outcome.prompt_tokens - 1) // 64 * 64)
+
+
+def test_what_follows_an_answer_is_asked_then_and_counts_like_the_others() -> None:
+    """One user after the other: nobody ever waits."""
+    requests = main.traffic_of(SETTINGS)[:20]
+    rest = iter(requests[1:])
+
+    def follow(number: int, now_ms: float) -> list[TraceRequest]:
+        return [replace(each, at_ms=now_ms) for each in itertools.islice(rest, 1)]
+
+    settings = msgspec.structs.replace(SETTINGS, engines=1)
+    played = main.played("round_robin", settings, requests[:1], follow)
+    assert [each.prompt_tokens for each in played.outcomes] == [each.prompt_tokens for each in requests]
+    for former, latter in pairwise(played.outcomes):
+        assert latter.at_ms == former.last_ms
+    assert played.end_ms == played.outcomes[-1].last_ms
+
+
+def test_what_follows_a_request_that_is_refused_is_asked_as_well() -> None:
+    endless, short = TraceRequest(0.0, 100_000, 1, list(range(196))), TraceRequest(0.0, 512, 1, [1])
+    played = main.played("random", SETTINGS, [endless], lambda number, now_ms: [short] if number == 0 else [])
+    assert [each.refused is None for each in played.outcomes] == [False, True]
 
 
 def test_a_request_that_can_never_fit_is_refused_and_the_others_are_served() -> None:

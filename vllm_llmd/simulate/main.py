@@ -23,7 +23,7 @@ from vllm_llmd.simulate.page import Report, page
 from vllm_llmd.simulate.report import Summary, summary
 from vllm_llmd.simulate.routing import Routing
 from vllm_llmd.simulate.settings import WHOLE_RUN, SimulateSettings
-from vllm_llmd.simulate.simulation import Simulation
+from vllm_llmd.simulate.simulation import Follow, Simulation, nothing_follows
 from vllm_llmd.simulate.table import table
 from vllm_llmd.simulate.trace import TraceRequest, read_trace
 
@@ -78,14 +78,16 @@ def summarised(policy: str, settings: SimulateSettings, requests: Sequence[Trace
     return summary(policy, played(policy, settings, requests), settings.slo)
 
 
-def played(policy: str, settings: SimulateSettings, requests: Sequence[TraceRequest]) -> Played:
+def played(
+    policy: str, settings: SimulateSettings, requests: Sequence[TraceRequest], follow: Follow = nothing_follows
+) -> Played:
     """What became of each request. The same settings and requests give the same."""
     events = Events()
     router = RouterSettings(min_remote_tokens=settings.min_remote_tokens)
     limits = msgspec.structs.replace(settings.model, chunk_tokens=WHOLE_RUN).limits()
     members = [Member(engine, role, limits, settings.model.speeds()) for engine, role in settings.fleet()]
     routing = Routing(router, events, _policy(policy, settings))
-    return Simulation(members, routing, events, settings.heartbeat_ms).run(requests)
+    return Simulation(members, routing, events, settings.heartbeat_ms).run(requests, follow)
 
 
 def _policy(name: str, settings: SimulateSettings) -> Policy:

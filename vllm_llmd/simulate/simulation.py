@@ -4,7 +4,7 @@ Every engine's model is asked when it next has something to do; arrivals, steps,
 order of time. Nothing is lost on the way and nothing takes time but what the model says does.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,11 +23,19 @@ from vllm_llmd.simulate.outcomes import Outcome, Played
 from vllm_llmd.simulate.routing import Routing
 from vllm_llmd.simulate.trace import TraceRequest
 
+Follow = Callable[[int, float], Sequence[TraceRequest]]
+"""What users ask because the request of that number has ended, at that time: none of it is earlier than that."""
+
 QUIET_REPORTS = 3
 """An engine with nothing to do has told all it has to tell after so many load reports."""
 
 STUCK_MS = 60_000
 """An order that nobody makes progress with for so long is given up."""
+
+
+def nothing_follows(number: int, now_ms: float) -> Sequence[TraceRequest]:
+    """As where all requests are known from the start."""
+    return ()
 
 
 @dataclass(slots=True, eq=False)
@@ -65,16 +73,16 @@ class Simulation:
         self._unfinished = 0
         self._played = Played()
 
-    def run(self, requests: Sequence[TraceRequest]) -> Played:
-        """Plays all requests, in order of arrival, to their ends."""
+    def run(self, requests: Sequence[TraceRequest], follow: Follow = nothing_follows) -> Played:
+        """Plays all requests, in order of arrival, to their ends, and what follows from these, which is numbered on."""
         for place, member in enumerate(self._members):
             for message in member.hello():
                 self._routing.told(message)
             member.phase_ms = self._heartbeat_ms * place / len(self._members)
             self._events.at(member.phase_ms, self._report_load, member)
         self._played.outcomes = [Outcome(each.at_ms, each.prompt_tokens, each.output_tokens) for each in requests]
-        self._unfinished = len(requests)
-        self._requests = requests
+        self._unfinished = self._told_before = len(requests)
+        self._requests, self._follow = list(requests), follow
         self._events.at(requests[0].at_ms, self._arrive, 0)
         while self._unfinished and self._events.next():
             pass
@@ -87,13 +95,13 @@ class Simulation:
     # --- requests -----------------------------------------------------------------------------------------------
 
     def _arrive(self, number: int) -> None:
-        if number + 1 < len(self._requests):
+        if number + 1 < self._told_before:
             self._events.at(self._requests[number + 1].at_ms, self._arrive, number + 1)
         request, outcome, name = self._requests[number], self._played.outcomes[number], str(number)
         prompt = request.prompt()
         decision = self._routing.decide(name, prompt)
         if decision is None:
-            self._refuse(outcome, "no engine is ready, or none is long enough")
+            self._refuse(number, "no engine is ready, or none is long enough")
             return
         member = self._by_id[decision.destination]
         size = member.info.block_size
@@ -105,15 +113,23 @@ class Simulation:
             member.model.submit(asked, self._events.now_ms())
         except ConfigError as error:
             self._routing.done(name, decision)
-            self._refuse(outcome, str(error))
+            self._refuse(number, str(error))
             return
         member.requests += 1
         self._asked[name] = _Asked(outcome, decision, member)
         self._stirred(member)
 
-    def _refuse(self, outcome: Outcome, why: str) -> None:
-        outcome.refused = why
+    def _refuse(self, number: int, why: str) -> None:
+        self._played.outcomes[number].refused = why
+        self._ended(number)
+
+    def _ended(self, number: int) -> None:
         self._unfinished -= 1
+        for request in self._follow(number, self._events.now_ms()):
+            self._unfinished += 1
+            self._events.at(request.at_ms, self._arrive, len(self._requests))
+            self._requests.append(request)
+            self._played.outcomes.append(Outcome(request.at_ms, request.prompt_tokens, request.output_tokens))
 
     # --- engines ------------------------------------------------------------------------------------------------
 
@@ -166,7 +182,7 @@ class Simulation:
             asked = self._asked.pop(request.id)
             self._routing.done(request.id, asked.decision)
             self._routing.answered(asked.decision, _measured(asked.outcome, request))
-            self._unfinished -= 1
+            self._ended(int(request.id))
 
     def _note_computed(self, member: Member, request: SimRequest) -> None:
         tokens = request.prompt_tokens - (request.cached_tokens or 0)

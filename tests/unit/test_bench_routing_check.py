@@ -1,0 +1,122 @@
+"""The simulator beside the placement benchmark: speeds from probes, and users who do as in the benchmark."""
+
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_llmd.errors import LlmdError
+from vllm_llmd.sim.speeds import Speeds, Work
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "bench"))
+
+from routing_arms import ARMS, OURS
+from routing_check import Crowd, Spoken, checked, fit_of, kv_bytes, table
+from routing_fit import fitted, least_squares
+from routing_plan import WORKLOADS, Conversation, Turn, Workload
+from routing_values import Asked, Cell, Probe, Results, Settings
+
+
+def probe_of(speeds: Speeds, overhead_ms: float, *, tokens: int, at_once: int = 0) -> Probe:
+    """What engines of these speeds would show: a prefill of so many tokens, or so many sequences that decode."""
+    work = Work()
+    if at_once:
+        for _ in range(at_once):
+            work.decode(tokens)
+        tpot_ms = speeds.work_ms(work)
+        return Probe(at_once=at_once, prompt_tokens=tokens, cached_tokens=tokens, ttft_ms=1.0, tpot_ms=tpot_ms)
+    work.prefill(0, tokens)
+    ttft_ms = overhead_ms + speeds.work_ms(work) + (-(-tokens // 512) - 1) * speeds.step_ms
+    return Probe(at_once=1, prompt_tokens=tokens, cached_tokens=0, ttft_ms=ttft_ms)
+
+
+def test_speeds_are_found_from_what_engines_of_these_speeds_show() -> None:
+    speeds = Speeds(
+        step_ms=12.0,
+        prefill_us_per_token=500.0,
+        prefill_us_per_token_per_1k_context=90.0,
+        decode_us_per_sequence=3000.0,
+        decode_us_per_1k_context=2000.0,
+    )
+    probes = [probe_of(speeds, 8.0, tokens=tokens) for tokens in (60, 400, 1000, 3500)]
+    probes += [probe_of(speeds, 8.0, tokens=t, at_once=n) for n, t in ((1, 60), (4, 60), (8, 60), (1, 1500), (4, 1500))]
+    found = fitted(probes, 512, 46_080)
+    assert found.overhead_ms == pytest.approx(8.0, rel=1e-6)
+    for name in ("step_ms", "prefill_us_per_token", "prefill_us_per_token_per_1k_context"):
+        assert getattr(found.speeds, name) == pytest.approx(getattr(speeds, name), rel=1e-6)
+    for name in ("decode_us_per_sequence", "decode_us_per_1k_context"):
+        assert getattr(found.speeds, name) == pytest.approx(getattr(speeds, name), rel=1e-6)
+
+
+def test_too_few_probes_are_an_error() -> None:
+    with pytest.raises(LlmdError, match="too few"):
+        fitted([], 512, 46_080)
+
+
+@given(st.lists(st.tuples(st.floats(0.1, 100.0), st.floats(1.0, 1000.0)), min_size=3, max_size=12))
+def test_no_coefficient_is_ever_negative(points: list[tuple[float, float]]) -> None:
+    found = least_squares([[1.0] * len(points), [x for x, _ in points]], [y for _, y in points])
+    assert all(each >= 0 for each in found)
+
+
+def all_of(workload: Workload) -> list[Spoken]:
+    """Everything that its users ask, if each answer takes 10 ms."""
+    crowd = Crowd(workload, unit_ms=500.0, overhead_ms=5.0)
+    asked = list(crowd.first())
+    for number, each in enumerate(asked):
+        asked += crowd.follow(number, each.at_ms + 10.0)
+    assert all(isinstance(each, Spoken) for each in asked)
+    return [each for each in asked if isinstance(each, Spoken)]
+
+
+@pytest.mark.parametrize("name", WORKLOADS)
+def test_simulated_users_ask_all_that_the_benchmark_asks(name: str) -> None:
+    workload = WORKLOADS[name](0, 0.5)
+    asked = all_of(workload)
+    assert len(asked) == workload.requests
+    assert sum(each.output_tokens for each in asked) == sum(
+        turn.answer_tokens for each in workload.conversations for turn in each.turns
+    )
+
+
+def test_a_simulated_turn_begins_with_all_that_was_said_before_and_its_answer() -> None:
+    chat = Conversation("system engine", (Turn("model", 3), Turn("token cache", 2, pause=2.0)))
+    first, second = all_of(Workload("chats", (chat,)))
+    assert list(second.prompt())[: first.prompt_tokens] == list(first.prompt())
+    assert list(second.prompt())[first.prompt_tokens :][:3] == list(first.answer(0))
+    assert second.at_ms == first.at_ms + 10.0 + 2 * 500.0 + 5.0
+    assert second.prompt_tokens == len(second.prompt()) and second.hash_ids == ()
+
+
+def test_simulated_clients_of_a_closed_loop_are_as_many_as_in_the_benchmark() -> None:
+    asked = all_of(WORKLOADS["shared"](0, 0.5))
+    assert [each.at_ms for each in asked[:9]] == [5.0] * 8 + [20.0]
+
+
+def test_the_simulator_is_compared_with_every_arm_that_it_has(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(
+        '{"num_hidden_layers": 30, "num_key_value_heads": 3, "hidden_size": 576, "num_attention_heads": 9}'
+    )
+    assert kv_bytes(tmp_path) == 46_080
+    settings = Settings(
+        model=str(tmp_path),
+        engines=2,
+        arms=list(ARMS),
+        workloads=["shared"],
+        repetitions=1,
+        scale=0.1,
+        seed=0,
+        slo_ttft_ms=1000.0,
+        slo_tpot_ms=100.0,
+    )
+    asked = [Asked(0, 0, 0.0, 20.0, 1.0, prompt_tokens=100, cached_tokens=0, output_tokens=8)]
+    probes = [probe_of(Speeds(), 1.0, tokens=tokens) for tokens in (60, 400, 1000)]
+    probes += [probe_of(Speeds(), 1.0, tokens=60, at_once=n) for n in (1, 2, 4)]
+    cells = [Cell(repetition=0, workload="shared", arm=arm, lasted_ms=1.0, asked=asked, split=[1, 0]) for arm in ARMS]
+    found = Results(settings=settings, unit_ms=40.0, probes=probes, cells=cells)
+    checks = checked(found, fit_of(found))
+    assert {each.arm for each in checks} == {"rr", "vllm-rr", "approx", OURS}
+    assert all(each.predicted_ms > 1.0 and each.measured_ms == 20.0 for each in checks)
+    assert "of 4 within 20%" in table(checks, fit_of(found))
