@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Final
 
 import routing_check
+import routing_client
 import routing_report
-import uvloop
 from pd import versions
 from pd_engines import Engine, free_port
 from routing_arms import ARMS, OURS, Front, Places, front
@@ -35,7 +35,7 @@ QUICK: Final = {"repetitions": 1, "scale": 0.25}
 
 WARM_UP_REQUESTS: Final = 16
 SETTLE_S: Final = 0.5
-"""After the caches have been emptied: the news has to reach our router, which takes a heartbeat at most."""
+"""After the caches have been emptied: a heartbeat, with the load of engines that have nothing to do."""
 
 
 @dataclass(frozen=True)
@@ -72,11 +72,11 @@ def measure(desk: Desk, key: tuple[int, str, str]) -> Cell:
     settings = desk.results.settings
     workload = WORKLOADS[name](settings.seed + repetition, settings.scale)
     with front(arm, desk.engines, desk.places) as router:
-        uvloop.run(held(router.http, desk.unit_s, warm_up(WARM_UP_REQUESTS)))
-        empty(desk.engines)
+        routing_client.run(held(router.http, desk.unit_s, warm_up(WARM_UP_REQUESTS)))
+        empty(desk.engines, router.indexed)
         time.sleep(SETTLE_S)
         before = served(desk.engines)
-        users = uvloop.run(held(router.http, desk.unit_s, workload))
+        users = routing_client.run(held(router.http, desk.unit_s, workload))
         split = [after - former for after, former in zip(served(desk.engines), before, strict=True)]
         return cell_of(key, users, split, router)
 
@@ -127,10 +127,10 @@ def run(results: Results, args: argparse.Namespace) -> list[str]:
         began_s = time.monotonic()
         running = list(stack.enter_context(engines(site)))
         say(f"{len(running)} engines up after {time.monotonic() - began_s:.0f} s")
-        now_ms = uvloop.run(unit_ms(running))
+        now_ms = routing_client.run(unit_ms(running))
         results.unit_ms = results.unit_ms or round(now_ms, 1)
         say(f"1,000 tokens of prefill take {now_ms:.0f} ms; a unit is {results.unit_ms:.0f} ms")
-        results.probes = results.probes or uvloop.run(probes(running))
+        results.probes = results.probes or routing_client.run(probes(running))
         desk = Desk(results, running, Places(args.vllm_router, link, args.log_dir))
         return measure_all(desk, args.out, began_s + args.minutes * 60)
 

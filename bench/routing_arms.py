@@ -43,10 +43,14 @@ class Places:
 
 @dataclass(frozen=True)
 class Front:
-    """A running router. `told` is what it says of itself: {} for one that is not ours."""
+    """A running router. `told` is what it says of itself, `indexed` how many blocks it believes to be cached.
+
+    For one that is not ours, that is {} and 0.
+    """
 
     http: str
     told: Callable[[], dict[str, object]]
+    indexed: Callable[[], int]
 
 
 @contextmanager
@@ -65,7 +69,12 @@ def _ours(arm: str, running: Sequence[Engine], places: Places) -> Iterator[Front
     with started(Command(arm, argv, router_env(os.environ), places.log_dir / f"{arm}.log")) as process:
         router = endpoints(process)
         await_all(running, lambda engine: is_ready(router, engine))
-        yield Front(router.http, lambda: _told(router))
+        yield Front(router.http, lambda: _told(router), lambda: _indexed(router))
+
+
+def _indexed(router: Router) -> int:
+    listed = json.loads(fetched(f"{router.http}/admin/engines") or b'{"engines": []}')
+    return sum(engine["blocks_indexed"] for engine in listed["engines"])
 
 
 def _told(router: Router) -> dict[str, object]:
@@ -85,4 +94,4 @@ def _theirs(arm: str, running: Sequence[Engine], places: Places) -> Iterator[Fro
         with started(Command(arm, argv, os.environ, places.log_dir / f"{arm}.log")) as process:
             url = f"http://{HOST}:{http}"
             await_all([Engine(arm, url, process)], lambda router: fetched(f"{router.http}/health") is not None)
-            yield Front(url, dict)
+            yield Front(url, dict, int)

@@ -6,15 +6,20 @@ usage at its end.
 
 import asyncio
 import time
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Final, Self
+from typing import Any, Final, Self, TypeVar
 
 import aiohttp
 import msgspec
+import uvloop
 from pd_requests import MODEL_NAME, BenchError
 from routing_plan import Conversation, Turn, Workload
 from routing_values import Asked
+
+from vllm_llmd.launch import ToldToStop
+
+Found = TypeVar("Found")
 
 ANSWER_S: Final = 300.0
 _PIECE: Final = b'"choices":[{'
@@ -73,6 +78,32 @@ class _Answer:
         if self.first_s is None or usage is None:
             raise BenchError(f"an answer without tokens or usage: {b' '.join(self.events)[:500]!r}")
         return "".join(choice.delta.content or "" for event in events for choice in event.choices), usage
+
+
+def run(work: Coroutine[Any, Any, Found]) -> Found:
+    """In an event loop. Raises ToldToStop even if the signal comes within a callback, where loops swallow it."""
+    told: list[ToldToStop] = []
+
+    async def watched() -> Found:
+        task = asyncio.current_task()
+
+        def on_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+            error = context.get("exception")
+            if isinstance(error, ToldToStop) and task is not None:
+                told.append(error)
+                task.cancel()
+            else:
+                loop.default_exception_handler(context)
+
+        asyncio.get_running_loop().set_exception_handler(on_error)
+        return await work
+
+    try:
+        return uvloop.run(watched())
+    except asyncio.CancelledError:
+        if told:
+            raise told[0] from None
+        raise
 
 
 @dataclass

@@ -9,7 +9,7 @@ import re
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +36,8 @@ ENGINE_FLAGS: Final = (
     ),
     "--disable-uvicorn-access-log",
 )
-EMPTYING_S: Final = 30.0
+EMPTYING_S: Final = 60.0
+PROBE_BLOCKS: Final = 4
 _SERVED: Final = re.compile(r"^vllm:request_success_total\{.*\} (\S+)$", re.MULTILINE)
 
 
@@ -87,8 +88,8 @@ def _engine(site: Site, place: int) -> Iterator[Engine]:
             yield Engine(spec.id, f"http://{HOST}:{http}", process)
 
 
-def empty(running: Sequence[Engine]) -> None:
-    """Takes everything out of the engines' caches, and sees that it is gone. Raises BenchError.
+def empty(running: Sequence[Engine], indexed: Callable[[], int]) -> None:
+    """Takes everything out of the engines' caches, and sees that it is gone, and `indexed` nowhere. Raises BenchError.
 
     vLLM refuses while blocks are in use, as they may be for a moment after the last answer. The question that sees
     whether it worked has the engine take a step, too, in which it tells our router that its cache is empty.
@@ -99,11 +100,15 @@ def empty(running: Sequence[Engine]) -> None:
             if time.monotonic() > give_up:
                 raise BenchError(f"the cache of {engine.name} cannot be emptied: is something still running there?")
             time.sleep(0.2)
+    while indexed() > len(running) * PROBE_BLOCKS:
+        if time.monotonic() > give_up:
+            raise BenchError(f"the router believes that {indexed()} blocks are cached in engines that are empty")
+        time.sleep(0.2)
 
 
 def _cached(engine: Engine) -> int:
     """Tokens that it has of a prompt that is asked every time."""
-    body = {"model": MODEL_NAME, "prompt": [1000 + n for n in range(4 * BLOCK_TOKENS)], "max_tokens": 1}
+    body = {"model": MODEL_NAME, "prompt": [1000 + n for n in range(PROBE_BLOCKS * BLOCK_TOKENS)], "max_tokens": 1}
     answer = _post(f"{engine.http}/v1/completions", body)
     if answer is None:
         raise BenchError(f"{engine.name} does not answer")

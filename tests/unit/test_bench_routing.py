@@ -1,6 +1,9 @@
 """What the placement benchmark asks, in which order, and what it makes of the answers."""
 
+import asyncio
+import os
 import random
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,13 +12,14 @@ import msgspec
 import pytest
 
 from vllm_llmd.errors import ConfigError
+from vllm_llmd.launch import ToldToStop, signals_as_exceptions
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "bench"))
 
 import routing
 import routing_report
 from routing_arms import ARMS, OURS, POLICIES, ROUND_ROBINS, VLLM_POLICIES
-from routing_client import BenchError, _Answer
+from routing_client import BenchError, _Answer, run
 from routing_plan import (
     BLOCK_TOKENS,
     CACHE_BLOCKS,
@@ -256,3 +260,15 @@ def test_results_that_are_not_there_cannot_be_continued(tmp_path: Path) -> None:
     (tmp_path / "routing.json").write_text("[]")
     with pytest.raises(ConfigError, match="no results of this benchmark"):
         load(tmp_path / "routing.json", SETTINGS)
+
+
+# --- being told to stop -----------------------------------------------------------------------------------------
+
+
+def test_a_signal_ends_the_users_even_if_it_comes_within_a_callback() -> None:
+    async def held() -> None:
+        asyncio.get_running_loop().call_soon(os.kill, os.getpid(), signal.SIGTERM)
+        await asyncio.sleep(60)
+
+    with signals_as_exceptions(), pytest.raises(ToldToStop):
+        run(held())
