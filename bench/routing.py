@@ -21,7 +21,7 @@ from pd_engines import Engine, free_port
 from routing_arms import ARMS, OURS, Front, Places, front
 from routing_client import Users
 from routing_engines import Site, empty, engines, served
-from routing_plan import WORKLOADS, rotated, warm_up
+from routing_plan import WARM_UP_REQUESTS, WORKLOADS, rotated, warm_up
 from routing_probe import held, probes, unit_ms
 from routing_values import Cell, Results, Settings, load, save
 
@@ -33,7 +33,6 @@ FULL: Final = {"repetitions": 3, "scale": 1.0}
 QUICK: Final = {"repetitions": 1, "scale": 0.25}
 """Whether everything works, in a few minutes; its figures say little."""
 
-WARM_UP_REQUESTS: Final = 16
 SETTLE_S: Final = 0.5
 """After the caches have been emptied: a heartbeat, with the load of engines that have nothing to do."""
 

@@ -15,7 +15,7 @@ import numpy as np
 from routing_arms import OURS
 from routing_engines import STEP_TOKENS
 from routing_fit import Fitted, fitted
-from routing_plan import BLOCK_TOKENS, CACHE_BLOCKS, WORKLOADS, Conversation, Workload
+from routing_plan import BLOCK_TOKENS, CACHE_BLOCKS, WARM_UP_REQUESTS, WORKLOADS, Conversation, Workload, warm_up
 from routing_values import Results
 from routing_words import WORDS
 
@@ -34,6 +34,8 @@ POLICY_OF: Final = {
 """The policies of arms that the simulator has; vLLM's round robin does what ours does."""
 
 WITHIN: Final = 0.2
+QUIET_MS: Final = 1000.0
+"""Between the requests that warm up and the others."""
 
 _IDS: Final = {word: number for number, word in enumerate(WORDS, start=1)}
 _HEAD: Final = (1001, 1002, 1003)
@@ -63,12 +65,12 @@ class Crowd:
         self._asked: list[tuple[int, int]] = []
         self._next = iter(range(len(workload.conversations)))
 
-    def first(self) -> list[TraceRequest]:
+    def first(self, now_ms: float = 0.0) -> list[TraceRequest]:
         """Who asks whatever is answered, in order of time."""
         count = self._workload.clients or len(self._workload.conversations)
         numbers = [number for _, number in zip(range(count), self._next, strict=False)]
         times = [0.0 if self._workload.clients else self._of(number).at for number in numbers]
-        return [self._ask(number, 0, at * self._unit_ms) for number, at in zip(numbers, times, strict=True)]
+        return [self._ask(number, 0, now_ms + at * self._unit_ms) for number, at in zip(numbers, times, strict=True)]
 
     def follow(self, number: int, now_ms: float) -> Sequence[TraceRequest]:
         """What the same user asks after the answer to the request of that number."""
@@ -85,7 +87,25 @@ class Crowd:
     def _ask(self, number: int, turn: int, sent_ms: float) -> TraceRequest:
         self._asked.append((number, turn))
         said, told = tuple(_prompt(self._of(number), number, turn)), tuple(_answer(self._of(number), number, turn))
-        return Spoken(sent_ms + self._overhead_ms, len(said), len(told), (), said, told)
+        return Spoken(sent_ms + self._overhead_ms, len(said), len(told), (), len(told), said, told)
+
+
+class Warmed:
+    """A crowd after another one, whose requests come first and are not counted."""
+
+    def __init__(self, warming: Crowd, count: int, crowd: Crowd) -> None:
+        self._warming, self._count, self._crowd = warming, count, crowd
+        self._left = count
+
+    def first(self) -> list[TraceRequest]:
+        return self._warming.first()
+
+    def follow(self, number: int, now_ms: float) -> Sequence[TraceRequest]:
+        """As a crowd's: the second one begins when the first has all its answers."""
+        if number >= self._count:
+            return self._crowd.follow(number - self._count, now_ms)
+        self._left -= 1
+        return self._warming.follow(number, now_ms) if self._left else self._crowd.first(now_ms + QUIET_MS)
 
 
 def _prompt(conversation: Conversation, number: int, turn: int) -> Iterator[int]:
@@ -150,12 +170,12 @@ def checked(results: Results, fit: Fitted) -> list[Checked]:
 
 def mean_ttft_ms(results: Results, fit: Fitted, workload: str, arm: str, repetition: int) -> float:
     """What the simulator says of one cell."""
-    settings = results.settings
-    crowd = Crowd(
-        WORKLOADS[workload](settings.seed + repetition, settings.scale), results.unit_ms or 0.0, fit.overhead_ms
-    )
+    settings, unit_ms = results.settings, results.unit_ms or 0.0
+    warming = warm_up(WARM_UP_REQUESTS)
+    asked = WORKLOADS[workload](settings.seed + repetition, settings.scale)
+    crowd = Warmed(Crowd(warming, unit_ms, fit.overhead_ms), warming.requests, Crowd(asked, unit_ms, fit.overhead_ms))
     played = simulate.played(POLICY_OF[arm], simulated(results, fit), crowd.first(), crowd.follow)
-    return fmean(each.ttft_ms or 0.0 for each in played.outcomes) + fit.overhead_ms
+    return fmean(each.ttft_ms or 0.0 for each in played.outcomes[warming.requests :]) + fit.overhead_ms
 
 
 def simulated(results: Results, fit: Fitted) -> SimulateSettings:

@@ -113,8 +113,11 @@ WORKLOADS: Final = {each.__name__: each for each in (shared, chats, mixed, burst
 """By name; each is made of a seed and the share of its requests that are asked."""
 
 
+WARM_UP_REQUESTS: Final = 16
+
+
 def warm_up(count: int) -> Workload:
-    """Before every arm, uncounted: requests of 50 to 400 tokens that share nothing, by two clients."""
+    """Before every cell, uncounted: requests of 50 to 400 tokens that share nothing, by two clients."""
     rng = random.Random("warm up")
     asked = [Conversation("", (Turn(text(rng, 50 + 350 * number // count), 8),)) for number in range(count)]
     return Workload("warm-up", tuple(asked), clients=2)

@@ -28,13 +28,17 @@ class Routing:
         """An engine says so. What the router owes it in return, a simulated engine does not need."""
         self._fleet.on_message(b"", message)
 
-    def decide(self, request: str, prompt: Tokens) -> Decision | None:
+    def decide(self, request: str, prompt: Tokens, most_tokens: int | None = None) -> Decision | None:
         """Where a prompt of token ids goes, and from whom its KV comes; counted until `done`.
+
+        The client may have set a bound on the answer, in tokens.
 
         Policies that look at text see four bytes for each token.
         """
         text = prompt.tobytes()
-        facts = replace(_NOTHING, tokens=array("I", text), text=text, prompt_tokens=len(prompt))
+        facts = replace(
+            _NOTHING, tokens=array("I", text), text=text, prompt_tokens=len(prompt), output_tokens=most_tokens
+        )
         decision = decide(facts, self._fleet.candidates(facts, self._no_text), self._policy)
         if decision is not None:
             self._fleet.place(request, decision, self._no_text)

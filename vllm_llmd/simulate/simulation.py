@@ -99,7 +99,7 @@ class Simulation:
             self._events.at(self._requests[number + 1].at_ms, self._arrive, number + 1)
         request, outcome, name = self._requests[number], self._played.outcomes[number], str(number)
         prompt = request.prompt()
-        decision = self._routing.decide(name, prompt)
+        decision = self._routing.decide(name, prompt, request.most_tokens)
         if decision is None:
             self._refuse(number, "no engine is ready, or none is long enough")
             return

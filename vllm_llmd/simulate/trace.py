@@ -26,12 +26,16 @@ Tokens = npt.NDArray[np.uint32]
 
 @dataclass(frozen=True, slots=True)
 class TraceRequest:
-    """One request: when it comes, how long prompt and answer are, and what the prompt is."""
+    """One request: when it comes, how long prompt and answer are, and what the prompt is.
+
+    `most_tokens` is the bound that the client sets on the answer, as far as it tells; a trace does not.
+    """
 
     at_ms: float
     prompt_tokens: int
     output_tokens: int
     hash_ids: Sequence[int]
+    most_tokens: int | None = None
 
     def prompt(self) -> Tokens:
         """Token ids that are equal where the hash ids are: the token ids of a block are its hash id.
