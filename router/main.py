@@ -19,6 +19,7 @@ from typing import Any
 import uvloop
 from aiohttp import web
 
+import vllm_llmd
 from vllm_llmd import program
 from vllm_llmd.clock import MonotonicClock
 from vllm_llmd.errors import ConfigError
@@ -38,6 +39,8 @@ from vllm_llmd.router.fleet import Fleet
 from vllm_llmd.router.front import Front, in_openai_shape
 from vllm_llmd.router.ingest import Ingest
 from vllm_llmd.router.observe import Metrics
+from vllm_llmd.router.recorder import Recorder, recorder
+from vllm_llmd.router.recording import Began
 from vllm_llmd.router.settings import RouterSettings, add_arguments, from_args
 from vllm_llmd.router.stock_fleet import StockFleet
 from vllm_llmd.router.stock_observe import StockCollector
@@ -62,7 +65,9 @@ async def serve(settings: RouterSettings) -> int:
     clock, life = MonotonicClock(), secrets.token_hex(6)
     fleet = Fleet(settings, clock, life)
     metrics = Metrics(fleet)
-    decisions = Decisions(settings.policy, settings.decisions, settings.decision_bytes, time.time)
+    recording = _recorder(settings, metrics)
+    kept = settings.decisions, settings.decision_bytes
+    decisions = Decisions(settings.policy, *kept, time.time, recording)
     context = Context(settings, fleet, metrics, clock, decisions, life)
     ingest = Ingest(fleet, metrics, settings.bind)
     stock = _stock(settings, fleet, metrics)
@@ -81,6 +86,8 @@ async def serve(settings: RouterSettings) -> int:
         return await _until_told_to_stop(ingest.run(), *([] if stock is None else [stock.run()]))
     finally:
         await runner.cleanup()
+        if recording is not None:
+            recording.close()
         ingest.close()
         if stock is not None:
             stock.close()
@@ -94,6 +101,13 @@ def _stock(settings: RouterSettings, fleet: Fleet, metrics: Metrics) -> StockFle
     stock = StockFleet(settings, fleet, MonotonicClock())
     metrics.add(StockCollector(stock))
     return stock
+
+
+def _recorder(settings: RouterSettings, metrics: Metrics) -> Recorder | None:
+    if settings.record_decisions is None:
+        return None
+    began = Began(vllm_llmd.__version__, settings.policy, settings.min_remote_tokens, time.time())
+    return recorder(settings.record_decisions, began, metrics.decisions_recorded, metrics.decisions_lost)
 
 
 def _application(context: Context) -> web.Application:

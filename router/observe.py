@@ -211,6 +211,12 @@ class Metrics:
         self._queued_bytes = Gauge(
             "vllm_llmd_queued_bytes", "Bytes of bodies that wait in the router", registry=self._registry
         )
+        self.decisions_recorded = Counter(
+            "vllm_llmd_decisions_recorded", "Decisions written to the recording", registry=self._registry
+        )
+        self.decisions_lost = Counter(
+            "vllm_llmd_decisions_lost", "Decisions that could not be recorded", registry=self._registry
+        )
         self.exact_prompts = Counter(
             "vllm_llmd_exact_prompts",
             "Prompts given as text that were to be tokenized",

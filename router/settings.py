@@ -61,6 +61,7 @@ class RouterSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     queue_ttl_ms: int = 60_000
     decisions: int = 4096
     decision_bytes: int = 16 << 20
+    record_decisions: str | None = None
     objective: Mapping[str, int] | None = None
     tenant_weight: Mapping[str, float] | None = None
     api_key: str | None = None
@@ -117,6 +118,7 @@ _FLAGS: Mapping[str, str] = {
     "queue_ttl_ms": "how long a request may wait in the router; a client may ask for less",
     "decisions": "latest decisions kept for /admin/decisions; 0 for none",
     "decision_bytes": "bytes of memory that they may take, with the explanations that clients asked for",
+    "record_decisions": "file to which every decision is appended, for `vllm-llmd replay`",
     "objective": "NAME=PRIORITY, for clients that send llm-d's x-llm-d-inference-objective; may be repeated",
     "tenant_weight": "TENANT=WEIGHT, its share among those that wait, 1 by default; may be repeated",
     "api_key": f"clients must send it as bearer token; also read from {API_KEY_VARIABLE}",

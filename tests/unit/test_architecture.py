@@ -75,6 +75,8 @@ PURE = (
     "router/rates.py",
     "router/decide.py",
     "router/decisions.py",
+    "router/recording.py",
+    "router/recorded.py",
     "router/explain.py",
     "router/barred.py",
     "router/flow.py",
