@@ -3,11 +3,15 @@
 from collections.abc import Collection
 from typing import NamedTuple
 
+import numpy as np
+
 from vllm_llmd.names import EngineId
 from vllm_llmd.router.candidates import Candidates
+from vllm_llmd.router.filters import Filtered
 from vllm_llmd.router.fleet import Fleet
 from vllm_llmd.router.health import Circuit
 from vllm_llmd.router.membership import Engine, State
+from vllm_llmd.router.policy import Policy
 from vllm_llmd.router.request import Facts
 from vllm_llmd.router.rosters import may_take
 
@@ -24,6 +28,18 @@ def barred(fleet: Fleet, facts: Facts, candidates: Candidates, tried: Collection
     among = {engine.info.id for engine in candidates.roster.engines}
     others = (engine for engine in fleet.membership.all() if engine.info.id not in among)
     return [Barred(engine.info.id, _why(fleet, engine, facts, tried)) for engine in others]
+
+
+def filtered(policy: Policy, facts: Facts, candidates: Candidates) -> list[Barred]:
+    """Candidates that a filter keeps from decoding, once for each such filter."""
+    if not isinstance(policy, Filtered):
+        return []
+    ids = [engine.info.id for engine in candidates.roster.engines]
+    return [
+        Barred(ids[place], f"filter {name}")
+        for name, lets_through in policy.lets_through(facts, candidates).items()
+        for place in np.flatnonzero(~lets_through).tolist()
+    ]
 
 
 def _why(fleet: Fleet, engine: Engine, facts: Facts, tried: Collection[EngineId]) -> str:

@@ -11,7 +11,7 @@ from aiohttp import web
 
 from vllm_llmd.names import EngineId
 from vllm_llmd.router import explain, policies, replies, rewrite, upstream
-from vllm_llmd.router.barred import barred
+from vllm_llmd.router.barred import barred, filtered
 from vllm_llmd.router.call import Call, attempt_at
 from vllm_llmd.router.context import Context
 from vllm_llmd.router.decide import Decision, decide
@@ -101,7 +101,8 @@ class Dispatcher:
         """The decision becomes one of the latest; a client that has asked why is told."""
         if not call.explain:
             return self._decisions.made(made)
-        why = explain.explanation(made, barred(self._fleet, made.facts, made.candidates, call.tried))
+        others = barred(self._fleet, made.facts, made.candidates, call.tried)
+        why = explain.explanation(made, [*others, *filtered(self._policy, made.facts, made.candidates)])
         record = self._decisions.made(made, why)
         call.explained = explain.headers(record, why)
         return record

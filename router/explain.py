@@ -107,10 +107,12 @@ def explanation(made: Made, barred: Sequence[Barred]) -> Explanation:
     choice = None if made.decision is None else made.decision.choice
     decodes = np.zeros(len(candidates), bool)
     decodes[candidates.roster.decoders] = True
+    engines = [engine.info.id for engine in candidates.roster.engines]
+    kept_from_it = {each.engine for each in barred}
     return Explanation(
-        engines=[engine.info.id for engine in candidates.roster.engines],
+        engines=engines,
         roles=[engine.info.role for engine in candidates.roster.engines],
-        decodes=decodes.tolist(),
+        decodes=[may and engine not in kept_from_it for may, engine in zip(decodes.tolist(), engines, strict=True)],
         columns=_columns(candidates),
         prices={} if choice is None else {name: np.asarray(price) for name, price in choice.prices.items()},
         barred=barred,

@@ -32,9 +32,13 @@ class Filtered:
 
     def choose(self, facts: Facts, candidates: Candidates) -> Choice | None:
         may_decode = np.ones(len(candidates), bool)
-        for each in self._filters.values():
-            may_decode &= np.asarray(each(facts, candidates), bool)
+        for lets_through in self.lets_through(facts, candidates).values():
+            may_decode &= lets_through
         return self._policy.choose(facts, replace(candidates, roster=decoding(candidates.roster, may_decode)))
+
+    def lets_through(self, facts: Facts, candidates: Candidates) -> dict[str, Mask]:
+        """What each filter says, by its name."""
+        return {name: np.asarray(each(facts, candidates), bool) for name, each in self._filters.items()}
 
 
 def decoding(roster: Roster, may_decode: Mask) -> Roster:

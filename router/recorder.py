@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 EVERY_S: Final = 0.05
 """How often what has come is written."""
-BATCH: Final = 32
+BATCH: Final = 8
 """Decisions that are made frames of at a time: between batches the event loop has its turn."""
 MOST_BYTES: Final = 64 << 20
 """Memory that what is not written yet may take."""

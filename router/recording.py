@@ -16,9 +16,8 @@ import numpy.typing as npt
 
 from vllm_llmd.errors import LlmdError
 from vllm_llmd.names import EngineId
-from vllm_llmd.router.candidates import Candidates, Roster
+from vllm_llmd.router.candidates import Candidates, Loads, RateColumns, Roster
 from vllm_llmd.router.decisions import Made, Outcome, Record
-from vllm_llmd.router.rates import Rates
 from vllm_llmd.router.request import Facts
 from vllm_llmd.wire import EngineInfo
 
@@ -32,8 +31,8 @@ MOST_BYTES: Final = 64 << 20
 
 ROSTERS_KEPT: Final = 64
 
-LOADS: Final = ("requests", "tokens", "running", "waiting", "free_blocks", "cached_blocks", "step_ms")
-RATES: Final = tuple(each.name for each in fields(Rates))
+LOADS: Final = Loads.ROW.names or ()
+RATES: Final = RateColumns.ROW.names or ()
 COLUMNS: Final = (*(f"load.{name}" for name in LOADS), *(f"rate.{name}" for name in RATES))
 """What of an engine's load and speed is told, in this order, as float64."""
 
@@ -234,12 +233,9 @@ class Writer:
 
 def rows_of(candidates: Candidates) -> Rows:
     """What of each engine's load and speed is told."""
-    rows = np.empty((len(candidates), len(COLUMNS)))
-    for at, name in enumerate(LOADS):
-        rows[:, at] = getattr(candidates.loads, name)
-    for at, name in enumerate(RATES, len(LOADS)):
-        rows[:, at] = getattr(candidates.rates, name)
-    return rows
+    loads = candidates.loads.rows.view(np.float64).reshape(-1, len(LOADS))
+    rates = candidates.rates.rows.view(np.float64).reshape(-1, len(RATES))
+    return np.concatenate([loads, rates], axis=1)
 
 
 def _told_facts(facts: Facts) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""`vllm-llmd`: one command with the subcommands up, model, router, sim-engine, simulate, index.
+"""`vllm-llmd`: one command with the subcommands up, model, router, sim-engine, simulate, replay, index.
 
 Errors are one line; exit status 1 or 2.
 """
@@ -13,8 +13,8 @@ from rich.console import Console
 import vllm_llmd
 from vllm_llmd import launch, model
 from vllm_llmd.errors import ConfigError, LlmdError
+from vllm_llmd.router import replay_command, verify
 from vllm_llmd.router import settings as router_settings
-from vllm_llmd.router import verify
 from vllm_llmd.sim import settings as sim_settings
 from vllm_llmd.simulate import settings as simulate_settings
 
@@ -40,6 +40,9 @@ def parser() -> argparse.ArgumentParser:
     simulate_settings.add_arguments(
         commands.add_parser("simulate", help="play a trace against modelled engines and compare policies")
     )
+    replay_command.add_arguments(
+        commands.add_parser("replay", help="put a router's recorded decisions to other policies")
+    )
     index = commands.add_parser("index", help="look at a router's prefix index").add_subparsers(
         dest="index_command", required=True, metavar="COMMAND"
     )
@@ -59,6 +62,8 @@ def run(arguments: Sequence[str]) -> int:
         return model.run(args, lambda line: Console().print(line, highlight=False))
     if args.command == "index":
         return verify.run(args, lambda line: Console().print(line, highlight=False, soft_wrap=True))
+    if args.command == "replay":
+        return replay_command.run(args, lambda line: Console().print(line, highlight=False, soft_wrap=True))
     if args.command == "sim-engine":
         from vllm_llmd.sim import main as sim_main
 

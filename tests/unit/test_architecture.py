@@ -77,6 +77,7 @@ PURE = (
     "router/decisions.py",
     "router/recording.py",
     "router/recorded.py",
+    "router/replay.py",
     "router/explain.py",
     "router/barred.py",
     "router/flow.py",

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 from vllm_llmd.names import EngineId, Epoch, Role
 from vllm_llmd.router import explain, policies
-from vllm_llmd.router.barred import Barred, barred
+from vllm_llmd.router.barred import Barred, barred, filtered
 from vllm_llmd.router.decide import decide
 from vllm_llmd.router.decisions import RECORD_BYTES, Decisions, Made, Outcome, Record
+from vllm_llmd.router.filters import Filtered
 from vllm_llmd.router.fleet import Fleet
 from vllm_llmd.router.policy import PolicySettings
 from vllm_llmd.router.request import Facts, RequestError
@@ -223,6 +224,22 @@ def test_everyone_who_is_no_candidate_is_told_with_a_reason() -> None:
         "other": "other model",
         "new": "joining",
     }
+
+
+def test_whom_a_filter_keeps_from_decoding_is_told_with_its_name() -> None:
+    fleet = fleet_of("a", "b")
+    chosen = Filtered(
+        policies.make("cost", PolicySettings(256, random.Random(0))),
+        {"only_b": lambda _, of: np.array([engine.info.id == "b" for engine in of.roster.engines])},
+    )
+    chunks = fleet.cut(FACTS)
+    candidates = fleet.candidates(FACTS, chunks)
+    one = Made("r-1", 1, FACTS, chunks, candidates, decide(FACTS, candidates, chosen), 0.0, 0.0)
+    why = explain.explanation(one, filtered(chosen, FACTS, candidates))
+    assert one.decision is not None and one.decision.destination == "b"
+    assert [(each["engine"], each["decodes"]) for each in why.shown()["candidates"]] == [("a", False), ("b", True)]
+    assert why.shown()["barred"] == [{"engine": "a", "why": "filter only_b"}]
+    assert [engine for engine, _ in why.cheapest(5)] == ["b"]
 
 
 def test_the_summary_tells_the_choice_and_the_cheapest() -> None:

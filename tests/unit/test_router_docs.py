@@ -1,3 +1,4 @@
+import argparse
 import re
 from pathlib import Path
 from typing import get_args
@@ -6,7 +7,7 @@ import msgspec
 import pytest
 
 from vllm_llmd import wire
-from vllm_llmd.router import cursor, fleet, policies
+from vllm_llmd.router import cursor, fleet, policies, replay_command
 from vllm_llmd.router.fleet import Fleet
 from vllm_llmd.router.observe import Metrics
 from vllm_llmd.router.settings import RouterSettings
@@ -51,3 +52,14 @@ def test_every_reason_to_ask_for_a_snapshot_is_described() -> None:
     assert len(reasons) > 5
     for reason in reasons:
         row("protocol.md", reason)
+
+
+def test_every_flag_of_a_replay_is_described_with_its_default() -> None:
+    parser = argparse.ArgumentParser()
+    replay_command.add_arguments(parser)
+    flags = [action for action in parser._actions if action.option_strings and action.dest != "help"]
+    assert len(flags) > 3
+    said = {"policy": "all that there are", "limit": "all"}
+    for action in flags:
+        default = said.get(action.dest, "none" if action.default is None else str(action.default))
+        assert row("policies.md", action.option_strings[0]).split("|")[2].strip() == default
