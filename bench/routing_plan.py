@@ -77,35 +77,33 @@ def chats(seed: int, scale: float) -> Workload:
 
 
 def mixed(seed: int, scale: float) -> Workload:
-    """Four of five requests are short, with a short system prompt in common; the others ask about one of 8 documents.
+    """One of ten requests is about a document of 2,000 to 3,000 tokens that nobody has asked about before.
 
-    A document has 1,500 to 2,500 tokens. They come at random, for 36 units.
+    The others are short, with a short system prompt in common. They come at random, for 40 units.
     """
     rng = random.Random(f"mixed {seed}")
-    documents = [text(rng, rng.randint(1500, 2500)) for _ in range(8)]
     greeting = text(rng, 60)
     conversations = []
-    for at in _poisson(rng, rate=3.0, until=36.0 * scale):
-        long = rng.random() < 0.2
-        system = rng.choice(documents) if long else greeting
-        turn = Turn(text(rng, rng.randint(30, 60) if long else rng.randint(60, 200)), 16)
-        conversations.append(Conversation(system, (turn,), at))
+    for at in _poisson(rng, rate=3.0, until=40.0 * scale):
+        system = text(rng, rng.randint(2000, 3000)) if rng.random() < 0.1 else greeting
+        conversations.append(Conversation(system, (Turn(text(rng, rng.randint(60, 200)), 16),), at))
     return Workload("mixed", tuple(conversations))
 
 
 def bursts(seed: int, scale: float) -> Workload:
-    """12 requests within a quarter of a unit, every 6 units, each with one of 16 system prompts of 1,500 tokens.
+    """Every 5 units, 16 requests within a quarter of a unit about the same one of 16 texts of 1,500 tokens.
 
-    The second most wanted of these is half as frequent as the first, and so on (Zipf).
+    The second most wanted of these is half as frequent as the first, and so on (Zipf). So agents fan out, and so
+    crowds come.
     """
     rng = random.Random(f"bursts {seed}")
     systems = _texts(rng, SYSTEMS, SYSTEM_TOKENS)
     weights = [1 / rank for rank in range(1, SYSTEMS + 1)]
     conversations = []
-    for burst in range(max(round(6 * scale), 1)):
-        for at in sorted(burst * 6.0 + rng.uniform(0.0, 0.25) for _ in range(12)):
-            turn = Turn(text(rng, rng.randint(30, 100)), 16)
-            conversations.append(Conversation(rng.choices(systems, weights)[0], (turn,), at))
+    for burst in range(max(round(8 * scale), 1)):
+        system = rng.choices(systems, weights)[0]
+        for at in sorted(burst * 5.0 + rng.uniform(0.0, 0.25) for _ in range(16)):
+            conversations.append(Conversation(system, (Turn(text(rng, rng.randint(100, 300)), 16),), at))
     return Workload("bursts", tuple(conversations))
 
 
