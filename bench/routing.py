@@ -23,7 +23,7 @@ from routing_client import Users
 from routing_engines import Site, empty, engines, served
 from routing_plan import WARM_UP_REQUESTS, WORKLOADS, rotated, warm_up
 from routing_probe import held, probes, unit_ms
-from routing_values import Cell, Results, Settings, load, save
+from routing_values import Cell, Results, Settings, load, read, save
 
 from vllm_llmd.errors import LlmdError
 from vllm_llmd.launch import ToldToStop, signals_as_exceptions
@@ -143,6 +143,18 @@ def check(results: Results, out: Path) -> None:
     say(routing_check.table(found, fit))
 
 
+def predict(settings: Settings, out: Path) -> int:
+    """The same tables and last line from the simulator, with the speeds of former results if there are any."""
+    results = Results(settings=settings)
+    if out.exists():
+        former = read(out)
+        results.unit_ms, results.probes = former.unit_ms, former.probes
+    played = routing_check.predicted(results)
+    say(routing_report.tables(played))
+    say(json.dumps(routing_report.last_line(played)))
+    return 0
+
+
 def settings_from(args: argparse.Namespace) -> Settings:
     preset = QUICK if args.quick else FULL
     return Settings(
@@ -172,6 +184,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--slo-tpot-ms", type=float, default=150.0, help="default: %(default)s")
     parser.add_argument("--minutes", type=float, default=24 * 60.0, help="begin nothing after so long")
     parser.add_argument("--resume", action="store_true", help="go on with the results of an interrupted run")
+    parser.add_argument("--predict", action="store_true", help="measure nothing: play it all in the simulator")
     parser.add_argument("--check", action="store_true", help="measure nothing: compare the simulator with the results")
     parser.add_argument("--vllm-router", default=".venv-bench/bin/vllm-router", help="default: %(default)s")
     parser.add_argument("--out", type=Path, default=Path("bench/results/routing.json"), help="default: %(default)s")
@@ -184,11 +197,10 @@ def main() -> int:
     try:
         with signals_as_exceptions():
             settings = settings_from(args)
-            results = (
-                load(args.out, settings)
-                if args.resume or args.check
-                else Results(settings=settings, versions=versions())
-            )
+            if args.predict:
+                return predict(settings, args.out)
+            again = args.resume or args.check
+            results = load(args.out, settings) if again else Results(settings=settings, versions=versions())
             failed = [] if args.check else run(results, args)
             say(routing_report.tables(results))
             check(results, args.out)

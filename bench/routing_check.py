@@ -1,29 +1,24 @@
-"""How far the simulator is from the engines: the same workloads through `vllm_llmd.simulate`, with fitted speeds. Pure.
-
-Users in the simulation do as in the benchmark: a client of a closed loop asks anew as soon as it is answered, and a
-chat's next turn follows the answer. Prompts are token ids that are equal where the words are.
-"""
+"""How far the simulator is from the engines: the same workloads through `vllm_llmd.simulate`, at their speeds. Pure."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any, Final
 
-import numpy as np
 from routing_arms import OURS
+from routing_crowd import Crowd, Warmed
 from routing_engines import STEP_TOKENS
-from routing_fit import Fitted, fitted
-from routing_plan import BLOCK_TOKENS, CACHE_BLOCKS, WARM_UP_REQUESTS, WORKLOADS, Conversation, Workload, warm_up
-from routing_values import Results
-from routing_words import WORDS
+from routing_fit import TRANSFER_GB_PER_S, Fitted, fitted
+from routing_plan import BLOCK_TOKENS, CACHE_BLOCKS, WARM_UP_REQUESTS, WORKLOADS, warm_up
+from routing_values import Asked, Cell, Results
 
 from vllm_llmd.router.settings import RouterSettings
 from vllm_llmd.sim.settings import SimSettings
+from vllm_llmd.sim.speeds import Speeds
 from vllm_llmd.simulate import main as simulate
 from vllm_llmd.simulate.settings import SimulateSettings
-from vllm_llmd.simulate.trace import IDS, Tokens, TraceRequest
 
 POLICY_OF: Final = {
     "rr": "round_robin",
@@ -34,101 +29,21 @@ POLICY_OF: Final = {
 """The policies of arms that the simulator has; vLLM's round robin does what ours does."""
 
 WITHIN: Final = 0.2
-QUIET_MS: Final = 1000.0
-"""Between the requests that warm up and the others."""
 
-_IDS: Final = {word: number for number, word in enumerate(WORDS, start=1)}
-_HEAD: Final = (1001, 1002, 1003)
-_TAIL: Final = (1004, 1005)
-"""A chat template has three tokens before what somebody says, and two after."""
-
-
-@dataclass(frozen=True, slots=True)
-class Spoken(TraceRequest):
-    """A request whose prompt and answer are known word by word."""
-
-    said: tuple[int, ...] = ()
-    told: tuple[int, ...] = ()
-
-    def prompt(self) -> Tokens:
-        return np.asarray(self.said, np.uint32)
-
-    def answer(self, number: int) -> Tokens:
-        return np.asarray(self.told, np.uint32)
-
-
-class Crowd:
-    """The users of a workload, in the simulation's time. A request reaches its engine `overhead_ms` later."""
-
-    def __init__(self, workload: Workload, unit_ms: float, overhead_ms: float) -> None:
-        self._workload, self._unit_ms, self._overhead_ms = workload, unit_ms, overhead_ms
-        self._asked: list[tuple[int, int]] = []
-        self._next = iter(range(len(workload.conversations)))
-
-    def first(self, now_ms: float = 0.0) -> list[TraceRequest]:
-        """Who asks whatever is answered, in order of time."""
-        count = self._workload.clients or len(self._workload.conversations)
-        numbers = [number for _, number in zip(range(count), self._next, strict=False)]
-        times = [0.0 if self._workload.clients else self._of(number).at for number in numbers]
-        return [self._ask(number, 0, now_ms + at * self._unit_ms) for number, at in zip(numbers, times, strict=True)]
-
-    def follow(self, number: int, now_ms: float) -> Sequence[TraceRequest]:
-        """What the same user asks after the answer to the request of that number."""
-        conversation, turn = self._asked[number]
-        turns = self._of(conversation).turns
-        if turn + 1 < len(turns):
-            return (self._ask(conversation, turn + 1, now_ms + turns[turn + 1].pause * self._unit_ms),)
-        following = next(self._next, None) if self._workload.clients else None
-        return () if following is None else (self._ask(following, 0, now_ms),)
-
-    def _of(self, number: int) -> Conversation:
-        return self._workload.conversations[number]
-
-    def _ask(self, number: int, turn: int, sent_ms: float) -> TraceRequest:
-        self._asked.append((number, turn))
-        said, told = tuple(_prompt(self._of(number), number, turn)), tuple(_answer(self._of(number), number, turn))
-        return Spoken(sent_ms + self._overhead_ms, len(said), len(told), (), len(told), said, told)
-
-
-class Warmed:
-    """A crowd after another one, whose requests come first and are not counted."""
-
-    def __init__(self, warming: Crowd, count: int, crowd: Crowd) -> None:
-        self._warming, self._count, self._crowd = warming, count, crowd
-        self._left = count
-
-    def first(self) -> list[TraceRequest]:
-        return self._warming.first()
-
-    def follow(self, number: int, now_ms: float) -> Sequence[TraceRequest]:
-        """As a crowd's: the second one begins when the first has all its answers."""
-        if number >= self._count:
-            return self._crowd.follow(number - self._count, now_ms)
-        self._left -= 1
-        return self._warming.follow(number, now_ms) if self._left else self._crowd.first(now_ms + QUIET_MS)
-
-
-def _prompt(conversation: Conversation, number: int, turn: int) -> Iterator[int]:
-    """Token ids of all that has been said up to this turn, and of the beginning of the answer."""
-    yield from _message(_ids(conversation.system))
-    for place, each in enumerate(conversation.turns[: turn + 1]):
-        yield from _message(_ids(each.text))
-        if place < turn:
-            yield from _message(_answer(conversation, number, place))
-    yield from _HEAD
-
-
-def _message(ids: Sequence[int]) -> tuple[int, ...]:
-    return (*_HEAD, *ids, *_TAIL)
-
-
-def _ids(text: str) -> list[int]:
-    return [_IDS[word] for word in text.split()]
-
-
-def _answer(conversation: Conversation, number: int, turn: int) -> Sequence[int]:
-    """Token ids that no other answer has."""
-    return [IDS + number * 100 + turn] * conversation.turns[turn].answer_tokens
+TYPICAL: Final = Fitted(
+    Speeds(
+        step_ms=12.0,
+        prefill_us_per_token=480.0,
+        prefill_us_per_token_per_1k_context=100.0,
+        decode_us_per_sequence=4000.0,
+        decode_us_per_1k_context=2000.0,
+        kv_bytes_per_token=46_080,
+        transfer_gb_per_s=TRANSFER_GB_PER_S,
+    ),
+    overhead_ms=15.0,
+)
+TYPICAL_UNIT_MS: Final = 550.0
+"""About what SmolLM2 takes on one core of a server of today."""
 
 
 @dataclass(frozen=True)
@@ -163,19 +78,62 @@ def checked(results: Results, fit: Fitted) -> list[Checked]:
             cells = [cell for cell in results.cells if (cell.workload, cell.arm) == (workload, arm)]
             if cells and arm in POLICY_OF:
                 measured = median(fmean(each.ttft_ms for each in cell.asked) for cell in cells)
-                predicted = median(mean_ttft_ms(results, fit, workload, arm, cell.repetition) for cell in cells)
-                found.append(Checked(workload, arm, measured, predicted))
+                expected = median(mean_ttft_ms(results, fit, workload, arm, cell.repetition) for cell in cells)
+                found.append(Checked(workload, arm, measured, expected))
     return found
 
 
 def mean_ttft_ms(results: Results, fit: Fitted, workload: str, arm: str, repetition: int) -> float:
     """What the simulator says of one cell."""
+    return fmean(each.ttft_ms for each in predicted_cell(results, fit, (repetition, workload, arm)).asked)
+
+
+def predicted_cell(results: Results, fit: Fitted, key: tuple[int, str, str]) -> Cell:
+    """A cell as the simulator has it; only times and tokens of its requests mean anything."""
+    repetition, workload, arm = key
     settings, unit_ms = results.settings, results.unit_ms or 0.0
     warming = warm_up(WARM_UP_REQUESTS)
     asked = WORKLOADS[workload](settings.seed + repetition, settings.scale)
     crowd = Warmed(Crowd(warming, unit_ms, fit.overhead_ms), warming.requests, Crowd(asked, unit_ms, fit.overhead_ms))
     played = simulate.played(POLICY_OF[arm], simulated(results, fit), crowd.first(), crowd.follow)
-    return fmean(each.ttft_ms or 0.0 for each in played.outcomes[warming.requests :]) + fit.overhead_ms
+    outcomes = played.outcomes[warming.requests :]
+    began_ms = outcomes[0].at_ms
+    return Cell(
+        repetition=repetition,
+        workload=workload,
+        arm=arm,
+        lasted_ms=max(each.last_ms or 0.0 for each in outcomes) - began_ms + fit.overhead_ms,
+        asked=[
+            Asked(
+                number,
+                0,
+                sent_ms=each.at_ms - began_ms,
+                ttft_ms=(each.ttft_ms or 0.0) + fit.overhead_ms,
+                tpot_ms=each.tpot_ms or 0.0,
+                prompt_tokens=each.prompt_tokens,
+                cached_tokens=max(each.prompt_tokens - each.computed_tokens, 0),
+                output_tokens=each.output_tokens,
+            )
+            for number, each in enumerate(outcomes)
+        ],
+        split=[engine.requests for engine in played.engines],
+    )
+
+
+def predicted(results: Results) -> Results:
+    """Every cell that the simulator can play, with the speeds of probes, or typical ones where there are none."""
+    simulate.compile_ahead()
+    settings = results.settings
+    fit = fit_of(results) if results.probes else TYPICAL
+    played = Results(settings=settings, unit_ms=results.unit_ms or TYPICAL_UNIT_MS)
+    played.cells = [
+        predicted_cell(played, fit, (repetition, workload, arm))
+        for workload in settings.workloads
+        for arm in settings.arms
+        if arm in POLICY_OF
+        for repetition in range(settings.repetitions)
+    ]
+    return played
 
 
 def simulated(results: Results, fit: Fitted) -> SimulateSettings:

@@ -59,16 +59,16 @@ def shared(seed: int, scale: float) -> Workload:
     rng = random.Random(f"shared {seed}")
     systems = _texts(rng, SYSTEMS, SYSTEM_TOKENS)
     conversations = [
-        Conversation(rng.choice(systems), (Turn(text(rng, rng.randint(30, 60)), 8),)) for _ in range(round(160 * scale))
+        Conversation(rng.choice(systems), (Turn(text(rng, rng.randint(30, 60)), 8),)) for _ in range(round(128 * scale))
     ]
     return Workload("shared", tuple(conversations), clients=8)
 
 
 def chats(seed: int, scale: float) -> Workload:
-    """Chats of 4 to 6 turns, each about a text of its own of 600 to 1,000 tokens, which begin within 20 units."""
+    """Chats of 4 to 6 turns, each about a text of its own of 600 to 1,000 tokens, which begin within 16 units."""
     rng = random.Random(f"chats {seed}")
     conversations = []
-    for at in _poisson(rng, rate=1.0, until=20.0 * scale):
+    for at in _poisson(rng, rate=1.0, until=16.0 * scale):
         document = text(rng, rng.randint(600, 1000))
         pauses = [0.0, *(rng.expovariate(1 / 3) for _ in range(rng.randint(3, 5)))]
         turns = [Turn(text(rng, rng.randint(40, 120)), 24, pause) for pause in pauses]
@@ -77,15 +77,17 @@ def chats(seed: int, scale: float) -> Workload:
 
 
 def mixed(seed: int, scale: float) -> Workload:
-    """One of ten requests is about a document of 2,000 to 3,000 tokens that nobody has asked about before.
+    """One of every ten requests is about a document of 2,000 to 3,000 tokens that nobody has asked about before.
 
-    The others are short, with a short system prompt in common. They come at random, for 40 units.
+    The others are short, with a short system prompt in common. They come at random, for 32 units.
     """
     rng = random.Random(f"mixed {seed}")
     greeting = text(rng, 60)
     conversations = []
-    for at in _poisson(rng, rate=3.0, until=40.0 * scale):
-        system = text(rng, rng.randint(2000, 3000)) if rng.random() < 0.1 else greeting
+    for number, at in enumerate(_poisson(rng, rate=3.0, until=32.0 * scale)):
+        if number % 10 == 0:
+            long = number + rng.randrange(10)
+        system = text(rng, rng.randint(2000, 3000)) if number == long else greeting
         conversations.append(Conversation(system, (Turn(text(rng, rng.randint(60, 200)), 16),), at))
     return Workload("mixed", tuple(conversations))
 
@@ -100,7 +102,7 @@ def bursts(seed: int, scale: float) -> Workload:
     systems = _texts(rng, SYSTEMS, SYSTEM_TOKENS)
     weights = [1 / rank for rank in range(1, SYSTEMS + 1)]
     conversations = []
-    for burst in range(max(round(8 * scale), 1)):
+    for burst in range(max(round(6 * scale), 1)):
         system = rng.choices(systems, weights)[0]
         for at in sorted(burst * 5.0 + rng.uniform(0.0, 0.25) for _ in range(16)):
             conversations.append(Conversation(system, (Turn(text(rng, rng.randint(100, 300)), 16),), at))

@@ -101,17 +101,22 @@ def save(results: Results, path: Path) -> None:
     partial.replace(path)
 
 
+def read(path: Path) -> Results:
+    """Results of any settings. Raises ConfigError if there are none."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Results)
+    except FileNotFoundError:
+        raise ConfigError(f"there is no {path}: leave --resume and --check out") from None
+    except msgspec.DecodeError as error:
+        raise ConfigError(f"{path} holds no results of this benchmark: {error}") from error
+
+
 def load(path: Path, settings: Settings) -> Results:
     """Results of a run that was interrupted. Raises ConfigError if there are none, or of other settings.
 
     More repetitions may be asked for than before.
     """
-    try:
-        results = msgspec.json.decode(path.read_bytes(), type=Results)
-    except FileNotFoundError:
-        raise ConfigError(f"nothing to resume: there is no {path}") from None
-    except msgspec.DecodeError as error:
-        raise ConfigError(f"{path} holds no results of this benchmark: {error}") from error
+    results = read(path)
     if msgspec.structs.replace(results.settings, repetitions=settings.repetitions) != settings:
         raise ConfigError(f"{path} holds results of other settings: {results.settings}; asked for are {settings}")
     results.settings = settings

@@ -255,7 +255,7 @@ def test_more_repetitions_may_be_asked_for_and_nothing_else(tmp_path: Path) -> N
 
 
 def test_results_that_are_not_there_cannot_be_continued(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="nothing to resume"):
+    with pytest.raises(ConfigError, match="there is no"):
         load(tmp_path / "routing.json", SETTINGS)
     (tmp_path / "routing.json").write_text("[]")
     with pytest.raises(ConfigError, match="no results of this benchmark"):

@@ -13,7 +13,8 @@ from vllm_llmd.sim.speeds import Speeds, Work
 sys.path.append(str(Path(__file__).resolve().parents[2] / "bench"))
 
 from routing_arms import ARMS, OURS
-from routing_check import Crowd, Spoken, checked, fit_of, kv_bytes, table
+from routing_check import checked, fit_of, kv_bytes, predicted, table
+from routing_crowd import Crowd, Spoken, Warmed
 from routing_fit import fitted, least_squares
 from routing_plan import WORKLOADS, Conversation, Turn, Workload
 from routing_values import Asked, Cell, Probe, Results, Settings
@@ -93,6 +94,36 @@ def test_a_simulated_turn_begins_with_all_that_was_said_before_and_its_answer() 
 def test_simulated_clients_of_a_closed_loop_are_as_many_as_in_the_benchmark() -> None:
     asked = all_of(WORKLOADS["shared"](0, 0.5))
     assert [each.at_ms for each in asked[:9]] == [5.0] * 8 + [20.0]
+
+
+def test_what_warms_up_is_answered_before_the_others_begin() -> None:
+    warming = Workload("w", tuple(Conversation("", (Turn("model", 1),)) for _ in range(3)), clients=2)
+    chat = Conversation("system", (Turn("model", 3), Turn("cache", 2)), at=1.0)
+    crowd = Warmed(Crowd(warming, 100.0, 0.0), 3, Crowd(Workload("chats", (chat,)), 100.0, 0.0))
+    asked = list(crowd.first())
+    for number, each in enumerate(asked):
+        asked += crowd.follow(number, each.at_ms + 10.0)
+    assert [each.at_ms for each in asked] == [0.0, 0.0, 10.0, 1120.0, 1130.0]
+
+
+def test_a_prediction_has_a_cell_for_all_that_the_simulator_can_play() -> None:
+    settings = Settings(
+        model="",
+        engines=2,
+        arms=list(ARMS),
+        workloads=["mixed"],
+        repetitions=2,
+        scale=0.1,
+        seed=0,
+        slo_ttft_ms=1000.0,
+        slo_tpot_ms=100.0,
+    )
+    played = predicted(Results(settings=settings))
+    assert {cell.key for cell in played.cells} == {
+        (repetition, "mixed", arm) for repetition in range(2) for arm in ("rr", "vllm-rr", "approx", OURS)
+    }
+    for cell in played.cells:
+        assert len(cell.asked) == WORKLOADS["mixed"](cell.repetition, 0.1).requests and cell.lasted_ms > 0
 
 
 def test_the_simulator_is_compared_with_every_arm_that_it_has(tmp_path: Path) -> None:
