@@ -17,7 +17,7 @@ from vllm_llmd.kernels.hash_chain import Names
 from vllm_llmd.names import TIERS, EngineId
 from vllm_llmd.router import text_index
 from vllm_llmd.router.agreement import Agreement, prompt_names
-from vllm_llmd.router.candidates import Candidates, Loads, RateColumns, Roster, adapter_of
+from vllm_llmd.router.candidates import Candidates, Counts, Loads, Places, RateColumns, Roster, Shape, adapter_of
 from vllm_llmd.router.cursor import Cursor, Outcome
 from vllm_llmd.router.decide import Decision
 from vllm_llmd.router.engine_model import Models
@@ -254,13 +254,9 @@ class Fleet:
     ) -> Candidates:
         """Every ready engine that may take the request and was not tried yet, with what it has cached of the prompt."""
         roster, places = self.rosters.of(self.rosters.wanted(facts), tried)
-        prefix_blocks, on_gpu = np.zeros((2, len(places)), np.int64)
-        for (block_size, adapter), among in roster.shapes:
-            chain = self._chain(facts, chunks, block_size, adapter)
-            depths = self.index.match(chain)
-            prefix_blocks[among], on_gpu[among] = depths.with_offloaded_at(places[among]), depths.at(places[among])
+        prefix_blocks, on_gpu = self._held(facts, chunks, roster, places)
         believed = self.truth.believed((engine.info.id for engine in roster.engines), prefix_blocks)
-        offloaded = np.maximum(believed - on_gpu, 0)
+        offloaded = np.zeros_like(on_gpu) if believed is on_gpu else np.maximum(believed - on_gpu, 0)
         if session is not None:
             believed = self.sessions.supposed(session, roster, facts.prompt_tokens, believed)
         return Candidates(
@@ -338,6 +334,20 @@ class Fleet:
 
     def cursor(self, engine: EngineId) -> Cursor | None:
         return self._cursors.get(engine)
+
+    def _held(self, facts: Facts, chunks: Chunks, roster: Roster, places: Places) -> tuple[Counts, Counts]:
+        """How many blocks from the start each engine holds in any tier, and on its GPU: one array if that is all."""
+        if len(roster.shapes) == 1:
+            return self._match(facts, chunks, roster.shapes[0][0], places)
+        held, on_gpu = np.zeros((2, len(places)), np.int64)
+        for shape, among in roster.shapes:
+            held[among], on_gpu[among] = self._match(facts, chunks, shape, places[among])
+        return held, on_gpu
+
+    def _match(self, facts: Facts, chunks: Chunks, shape: Shape, places: Places) -> tuple[Counts, Counts]:
+        depths = self.index.match(self._chain(facts, chunks, *shape))
+        on_gpu = depths.at(places)
+        return depths.with_offloaded_at(places) if depths.offloaded else on_gpu, on_gpu
 
     def _chain(self, facts: Facts, chunks: Chunks, block_size: int, adapter: str | None) -> Names:
         if facts.tokens is not None:

@@ -68,6 +68,11 @@ class Depths:
     on_gpu: AllDepths
     in_any_tier: AllDepths
 
+    @property
+    def offloaded(self) -> bool:
+        """Whether anything may be in another tier than the GPU's."""
+        return self.in_any_tier is not self.on_gpu
+
     def at(self, places: Places) -> npt.NDArray[np.int64]:
         """How many blocks from the start the engines at these places have on their GPU."""
         return self.on_gpu.ravel()[places].astype(np.int64)

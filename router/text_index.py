@@ -22,6 +22,7 @@ from vllm_llmd.router.request import Facts
 
 CHUNKS_PER_PAGE: Final = 2
 FORWARDED_KEPT: Final = 10_000
+NO_CHUNKS: Final[Names] = np.empty(0, np.uint64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +46,12 @@ class Chunks:
 
 
 def cut(facts: Facts, chunk_bytes: int) -> Chunks:
-    """Chained 64-bit hashes of the chunks of a request's text, starting from what else decides its tokens."""
+    """Chained 64-bit hashes of the chunks of a request's text, starting from what else decides its tokens.
+
+    There are none where the client gives the tokens: their blocks have exact names, and nothing is to be learned.
+    """
+    if facts.tokens is not None and not facts.tokenized:
+        return Chunks(NO_CHUNKS, len(facts.text), chunk_bytes, facts.prompts == 1)
     hashes = piece_names(facts.text, chunk_bytes, xxh64(facts.seed, 0))
     guess = Guess(facts.model, facts.tokens, facts.salt) if facts.tokenized and facts.tokens is not None else None
     return Chunks(hashes, len(facts.text), chunk_bytes, facts.prompts == 1, guess)

@@ -3,6 +3,7 @@
 Terms of other packages join it by entry points in `vllm_llmd.terms`.
 """
 
+import random
 from collections.abc import Callable, Mapping
 from typing import Final
 
@@ -23,13 +24,16 @@ Term = Callable[[Facts, Candidates], Milliseconds]
 JITTER_MS: Final = 1e-6
 """By so much plans may differ and still be equals, among whom chance decides."""
 
+CHANCES_PER_ENGINE: Final = 64
+"""So many numbers are drawn that one request says nothing of the next."""
+
 WORST_MS: Final = 1e12
 
 
 class Cost:
     def __init__(self, settings: PolicySettings, terms: Mapping[str, Term]) -> None:
         self._min_remote_tokens = settings.min_remote_tokens
-        self._chance = np.random.default_rng(settings.rng.getrandbits(64))
+        self._chances = Chances(settings.rng)
         self._terms = terms
         self._search = Search()
 
@@ -37,8 +41,25 @@ class Cost:
         if not len(candidates.roster.decoders):
             return None
         more = {f"{name}_ms": _usable(term(facts, candidates)) for name, term in self._terms.items()}
-        chance_ms = JITTER_MS * self._chance.random(len(candidates))
+        chance_ms = self._chances.ms(len(candidates))
         return self._search.cheapest(Asked(facts, candidates, more, None, chance_ms, self._min_remote_tokens))
+
+
+class Chances:
+    """What makes equals differ. Numbers are drawn once; each request gets some of them in a row."""
+
+    def __init__(self, rng: random.Random) -> None:
+        self._rng = rng
+        self._drawn_ms = np.zeros(0)
+
+    def ms(self, engines: int) -> Milliseconds:
+        """One for each engine. Not to be written to."""
+        if len(self._drawn_ms) < CHANCES_PER_ENGINE * engines:
+            draws = np.random.default_rng(self._rng.getrandbits(64))
+            self._drawn_ms = JITTER_MS * draws.random(2 * CHANCES_PER_ENGINE * engines)
+        first = int(self._rng.random() * (len(self._drawn_ms) - engines))
+        found: Milliseconds = self._drawn_ms[first : first + engines]
+        return found
 
 
 def _usable(term: Milliseconds) -> Milliseconds:
