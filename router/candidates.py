@@ -107,6 +107,11 @@ class Roster:
         places = np.concatenate([*parts, np.empty(0, np.intp)])
         return places, np.cumsum([0, *map(len, parts)], dtype=np.int64)
 
+    @cached_property
+    def entries(self) -> Places:
+        """Where a fleet's ledger has the engines."""
+        return np.array([engine.entry.number for engine in self.engines if engine.entry is not None], np.intp)
+
     def id(self, place: int) -> EngineId:
         return self.engines[place].info.id
 
@@ -143,9 +148,9 @@ class Table:
         self.rows = rows
 
     @classmethod
-    def packed(cls, rows: Iterable[bytes]) -> Self:
-        """From a row per engine of float64 in the order of the columns."""
-        return cls(np.frombuffer(bytearray().join(rows), cls.ROW))
+    def packed(cls, rows: bytearray | npt.NDArray[np.float64]) -> Self:
+        """From a row per engine, one after the other, of float64 in the order of the columns."""
+        return cls(np.frombuffer(rows, cls.ROW))
 
 
 class Loads(Table):
@@ -167,7 +172,7 @@ class Loads(Table):
 
     @classmethod
     def of(cls, engines: Iterable[Engine]) -> "Loads":
-        return cls.packed([engine.row for engine in engines])
+        return cls.packed(bytearray().join([engine.row for engine in engines]))
 
 
 class RateColumns(Table):
@@ -187,7 +192,7 @@ class RateColumns(Table):
 
     @classmethod
     def of(cls, engines: Iterable[Engine]) -> "RateColumns":
-        return cls.packed([engine.rates for engine in engines])
+        return cls.packed(bytearray().join([engine.rates for engine in engines]))
 
 
 @dataclass(frozen=True, eq=False)

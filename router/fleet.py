@@ -208,7 +208,7 @@ class Fleet:
         known = self.membership.get(engine)
         if known is not None:
             self.models.reported(engine, known.load)
-            known.rates = packed(self.models.rates(engine))
+            known.rated(packed(self.models.rates(engine)))
 
     def _learn(self, engine: Engine, request: str, names: Names) -> None:
         chunks = self.texts.learn(request, engine.info.block_size, names)
@@ -259,13 +259,14 @@ class Fleet:
         offloaded = np.zeros_like(on_gpu) if believed is on_gpu else np.maximum(believed - on_gpu, 0)
         if session is not None:
             believed = self.sessions.supposed(session, roster, facts.prompt_tokens, believed)
+        loads, rates = self.membership.ledger.read(roster.entries)
         return Candidates(
             roster,
             believed,
             offloaded,
             prefix_blocks,
-            Loads.of(roster.engines),
-            RateColumns.of(roster.engines),
+            Loads.packed(loads),
+            RateColumns.packed(rates),
             self.models.output_tokens,
             self.models.reuse,
         )
@@ -306,7 +307,7 @@ class Fleet:
         engine = self.membership.get(decision.destination)
         if engine is not None:
             self.models.answered(decision, measured)
-            engine.rates = packed(self.models.rates(decision.destination))
+            engine.rated(packed(self.models.rates(decision.destination)))
 
     def done(self, request: str, decision: Decision) -> None:
         """The request has ended, well or not."""

@@ -14,8 +14,9 @@ from typing import Final, Literal
 import msgspec
 
 from vllm_llmd.names import EngineId, Epoch
+from vllm_llmd.router.ledger import Entry, Ledger
 from vllm_llmd.router.occupancy import Occupancy
-from vllm_llmd.router.rates import PRIOR_ROW
+from vllm_llmd.router.rates import PRIOR_ROW, RATE_COLUMNS
 from vllm_llmd.wire import EngineInfo, Load
 
 
@@ -103,9 +104,12 @@ class Engine:
     cached_blocks: int = 0
     row: bytes = b""
     rates: bytes = PRIOR_ROW
+    entry: Entry | None = None
+    """Where `row` and `rates` are written to, too; None for an engine of no fleet."""
 
     def __post_init__(self) -> None:
         self._write_row()
+        self.rated(self.rates)
 
     @property
     def draining(self) -> bool:
@@ -149,6 +153,12 @@ class Engine:
         self.cached_blocks = cached_blocks
         self._write_row()
 
+    def rated(self, rates: bytes) -> None:
+        """It is thought to be so fast."""
+        self.rates = rates
+        if self.entry is not None:
+            self.entry.write_rates(rates)
+
     def _write_row(self) -> None:
         load = self.load
         self.row = _ROW.pack(
@@ -161,6 +171,8 @@ class Engine:
             load.step_ms,
             max(self.requests_ahead - load.waiting, 0),
         )
+        if self.entry is not None:
+            self.entry.write_load(self.row)
 
 
 def plausible(load: Load) -> Load:
@@ -184,6 +196,8 @@ class Membership:
         self._ticked_ms: float | None = None
         self.changed = False
         self.version = 0
+        self.ledger = Ledger(LOAD_COLUMNS, RATE_COLUMNS)
+        """Of all members: their loads and rates."""
 
     def get(self, engine: EngineId) -> Engine | None:
         return self._engines.get(engine)
@@ -229,7 +243,8 @@ class Membership:
         former = self._former.setdefault(info.id, deque(maxlen=FORMER_EPOCHS_KEPT))
         if known is not None:
             former.append(known.info.epoch)
-        self._engines[info.id] = Engine(info, State.JOINING, now_ms, stock=stock)
+            _close(known)
+        self._engines[info.id] = Engine(info, State.JOINING, now_ms, stock=stock, entry=self.ledger.entry())
         self.changed = True
         self.version += 1
         return True
@@ -292,4 +307,10 @@ class Membership:
         if state is State.GONE:
             del self._engines[engine.info.id], self._former[engine.info.id]
             self.changed = True
+            _close(engine)
         return True
+
+
+def _close(engine: Engine) -> None:
+    if engine.entry is not None:
+        engine.entry.close()
