@@ -172,6 +172,7 @@ class Replay:
         self._expected_ms[recorded.id] = sum(terms[name] for name in UNTIL_FIRST_BYTE)
         roster = recorded.candidates.roster
         self._engines.update(roster.id(place) for place in roster.decoders.tolist())
+        self._taken.agreed += 1
         self._count(self._taken, recorded, taken, taken_ms, taken_ms)
         for tally in self._tallies:
             choice = None if tally.policy is None else tally.policy.choose(recorded.facts, recorded.candidates)
