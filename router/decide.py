@@ -1,7 +1,7 @@
 """HOT PATH: one request and the engines that could serve it -> where to decode and who supplies the KV. Pure."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from vllm_llmd.names import EngineId
 from vllm_llmd.router.candidates import Candidates
@@ -29,6 +29,11 @@ class Decision:
     prefill_tokens: Mapping[EngineId, int] = field(default_factory=dict)
     choice: Choice | None = None
     seen: Seen | None = None
+
+    def without_prices(self) -> "Decision":
+        """The same, to be kept while the request is under way: prices hold on to the columns of all candidates."""
+        choice = None if self.choice is None else replace(self.choice, prices={})
+        return replace(self, choice=choice)
 
 
 def decide(facts: Facts, candidates: Candidates, policy: Policy) -> Decision | None:

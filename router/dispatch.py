@@ -67,13 +67,10 @@ class Dispatcher:
         while len(call.tried) < self._attempts + call.breaks:
             if failure is not None:
                 await asyncio.sleep(pause_ms(len(call.tried), self._rng) / 1000)
-            made = self._decide(call)
-            if made.decision is not None and failure is not None and not self._may_retry():
+            placed = self._place(call, is_retry=failure is not None)
+            if placed is None:
                 break
-            record = self._note(call, made)
-            if made.decision is None:
-                break
-            decision = made.decision
+            decision, record = placed
             outcome = await self._try(call, decision, record)
             if not isinstance(outcome, Failure):
                 return outcome
@@ -88,6 +85,14 @@ class Dispatcher:
         response = self._give_up(call, failure)
         response.headers.update(call.explained)
         return response
+
+    def _place(self, call: Call, is_retry: bool) -> tuple[Decision, Record] | None:
+        """None if nobody can take the request, or it may not be tried again."""
+        made = self._decide(call)
+        if made.decision is not None and is_retry and not self._may_retry():
+            return None
+        record = self._note(call, made)
+        return None if made.decision is None else (made.decision.without_prices(), record)
 
     def _decide(self, call: Call) -> Made:
         began_ms = self._clock.now_ms()

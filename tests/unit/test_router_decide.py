@@ -170,3 +170,12 @@ def test_a_source_is_always_a_prefill_engine_other_than_the_destination_and_of_i
         assert source.role == "prefill" and source is not destination
         assert source.fingerprint == destination.fingerprint
         assert decision.uncached_tokens >= 256
+
+
+def test_what_is_kept_of_a_decision_is_all_but_its_prices() -> None:
+    policy = policies.make("cost", PolicySettings(256, random.Random(0)))
+    decision = decide(facts(1000), columns(engine("a", "prefill"), engine("b", "decode")), policy)
+    assert decision is not None and decision.choice is not None and decision.choice.prices
+    kept = decision.without_prices()
+    assert kept.choice is not None and not kept.choice.prices
+    assert replace(kept, choice=replace(kept.choice, prices=decision.choice.prices)) == decision
