@@ -41,6 +41,7 @@ class Admin:
         app.router.add_get("/health", self._health)
         app.router.add_get("/metrics", self._exposition)
         app.router.add_get("/admin/engines", self._engines)
+        app.router.add_get("/admin/scaling", self._scaling)
         app.router.add_post("/admin/engines/{engine}/drain", self._drain)
         app.router.add_post("/admin/engines/{engine}/undrain", self._undrain)
         app.router.add_get("/admin/decisions", self._latest)
@@ -59,6 +60,9 @@ class Admin:
 
     async def _engines(self, _: web.Request) -> web.Response:
         return web.json_response({"engines": [self._shown(engine) for engine in self._fleet.membership.all()]})
+
+    async def _scaling(self, _: web.Request) -> web.Response:
+        return web.json_response({"pools": [plan.shown() for plan in self._fleet.plans()]})
 
     async def _drain(self, http: web.Request) -> web.Response:
         return self._changed(http, self._fleet.membership.drain)

@@ -75,7 +75,7 @@ class Feedback:
             outcome.completion_tokens = usage_told.completion_tokens
         if answer.status == 200 and not failed and outcome.first_byte_ms is not None:
             took_ms = outcome.first_byte_ms, outcome.last_byte_ms
-            self._fleet.answered(sent.decision, Measured(*took_ms, answer.is_stream, usage_told))
+            self._fleet.answered(sent.call.id, sent.decision, Measured(*took_ms, answer.is_stream, usage_told))
 
     def _remember(self, sent: Sent, answer: Answer, meter: Meter) -> None:
         """Where the session's KV is now."""

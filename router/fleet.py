@@ -25,12 +25,14 @@ from vllm_llmd.router.health import Health
 from vllm_llmd.router.membership import Engine, Membership, Placed, State
 from vllm_llmd.router.prefix_index import NO_NAMES, Difference, PrefixIndex, unpacked, unpacked_tiers
 from vllm_llmd.router.rates import packed
+from vllm_llmd.router.replicas import Plan, Replicas
 from vllm_llmd.router.request import Facts
 from vllm_llmd.router.rosters import Rosters, Wanted
 from vllm_llmd.router.seen import Measured
 from vllm_llmd.router.sessions import Sessions
 from vllm_llmd.router.settings import RouterSettings
 from vllm_llmd.router.text_index import Chunks, TextIndex
+from vllm_llmd.router.traffic import Traffic
 from vllm_llmd.router.truth import By, Error, Prediction, Truth
 from vllm_llmd.router.usage import Usage
 
@@ -83,6 +85,8 @@ class Fleet:
         self.truth = Truth()
         self.agreement = Agreement()
         self.models = Models()
+        self.traffic = Traffic(settings, self.membership, clock.now_ms())
+        self._replicas = Replicas(settings, self.membership, self.models, self.traffic)
 
     # --- messages -----------------------------------------------------------------------------------------------
 
@@ -209,6 +213,7 @@ class Fleet:
         if known is not None:
             self.models.reported(engine, known.load)
             known.rated(packed(self.models.rates(engine)))
+            self.traffic.reported(known, self._clock.now_ms())
 
     def _learn(self, engine: Engine, request: str, names: Names) -> None:
         chunks = self.texts.learn(request, engine.info.block_size, names)
@@ -223,12 +228,14 @@ class Fleet:
         self.health.forget(info.id)
         self.truth.joined(info.id, info.epoch)
         self.models.left(info.id)
+        self.traffic.left(info.id)
 
     def _forget(self, engine: EngineId) -> None:
         self.index.forget_engine(engine)
         self.health.forget(engine)
         self.truth.left(engine)
         self.models.left(engine)
+        self.traffic.left(engine)
         self.stock_suspects.discard(engine)
         self._verdicts.pop(engine, None)
         self._cursors.pop(engine, None)
@@ -279,6 +286,7 @@ class Fleet:
             engine = self.membership.get(engine_id)
             if engine is not None:
                 engine.place(request, Placed(now_ms, prefill_tokens))
+        self.traffic.placed(request, decision, now_ms)
         self.health.asked(decision.destination, request)
 
     def foretold(self, facts: Facts, decision: Decision) -> Prediction | None:
@@ -299,11 +307,13 @@ class Fleet:
 
     def answering(self, request: str, decision: Decision) -> None:
         """The answer has begun: the prompt is computed."""
+        self.traffic.answering(request, self._clock.now_ms())
         for engine in self._parties(decision):
             engine.answering(request)
 
-    def answered(self, decision: Decision, measured: Measured) -> None:
-        """The answer has come: how long it took teaches how fast the engines are."""
+    def answered(self, request: str, decision: Decision, measured: Measured) -> None:
+        """The answer has come: how long it took teaches how fast the engines are. To be told before `done`."""
+        self.traffic.answered(request, measured.usage)
         engine = self.membership.get(decision.destination)
         if engine is not None:
             self.models.answered(decision, measured)
@@ -311,6 +321,7 @@ class Fleet:
 
     def done(self, request: str, decision: Decision) -> None:
         """The request has ended, well or not."""
+        self.traffic.done(request)
         self.health.ended(decision.destination, request)
         for engine in self._parties(decision):
             engine.ended(request)
@@ -319,6 +330,10 @@ class Fleet:
         ids = (decision.destination, decision.source)
         known = (None if engine_id is None else self.membership.get(engine_id) for engine_id in ids)
         return [engine for engine in known if engine is not None]
+
+    def plans(self) -> list[Plan]:
+        """How many engines each pool should have, and why."""
+        return self._replicas.plans(self._clock.now_ms())
 
     def roster(self, wanted: Wanted) -> Roster:
         """Every ready engine that may take what is wanted."""

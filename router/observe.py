@@ -15,6 +15,7 @@ from vllm_llmd.router.fleet import Fleet
 from vllm_llmd.router.flow import Flow
 from vllm_llmd.router.health import Circuit
 from vllm_llmd.router.membership import Engine, State
+from vllm_llmd.router.replicas_observe import ReplicasCollector
 from vllm_llmd.router.truth import Trust
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -145,6 +146,7 @@ class Metrics:
     def __init__(self, fleet: Fleet) -> None:
         self._registry = CollectorRegistry()
         self._registry.register(_FleetCollector(fleet))
+        self._registry.register(ReplicasCollector(fleet))
         self.requests = Counter("vllm_llmd_requests", "Requests answered", ["engine", "code"], registry=self._registry)
         self.inflight = Gauge("vllm_llmd_inflight_requests", "Requests being served", registry=self._registry)
         self.ttft_seconds = Histogram(

@@ -26,8 +26,20 @@ _AT_LEAST_1 = (
     "engine_prefill_tokens",
     "queue_bytes",
     "queue_ttl_ms",
+    "slo_ttft_ms",
+    "slo_tpot_ms",
+    "scaling_window_ms",
+    "max_replicas",
 )
-_AT_LEAST_0 = ("engine_queue", "queue_requests", "retry_percent", "continuations", "decisions", "decision_bytes")
+_AT_LEAST_0 = (
+    "engine_queue",
+    "queue_requests",
+    "retry_percent",
+    "continuations",
+    "decisions",
+    "decision_bytes",
+    "min_replicas",
+)
 
 
 class RouterSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -64,6 +76,12 @@ class RouterSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     record_decisions: str | None = None
     objective: Mapping[str, int] | None = None
     tenant_weight: Mapping[str, float] | None = None
+    slo_ttft_ms: int = 5000
+    slo_tpot_ms: int = 100
+    slo_percent: int = 90
+    scaling_window_ms: int = 120_000
+    min_replicas: int = 1
+    max_replicas: int = 1000
     api_key: str | None = None
     stock_engine: tuple[StockEngine, ...] | None = None
 
@@ -84,6 +102,10 @@ class RouterSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             raise ConfigError(
                 f"gone_after_ms must be more than stale_after_ms ({self.stale_after_ms}); got {self.gone_after_ms}"
             )
+        if not 1 <= self.slo_percent <= 99:
+            raise ConfigError(f"slo_percent must be between 1 and 99; got {self.slo_percent}")
+        if self.max_replicas < self.min_replicas:
+            raise ConfigError(f"max_replicas must be at least min_replicas; got {self.max_replicas}")
         ids = [rank.id for engine in self.stock_engine or () for rank in stock_settings.ranks(engine)]
         for engine in {each for each in ids if ids.count(each) > 1}:
             raise ConfigError(f"stock_engine has two engines called {engine}: give each an id of its own")
@@ -121,6 +143,12 @@ _FLAGS: Mapping[str, str] = {
     "record_decisions": "file to which every decision is appended, for `vllm-llmd replay`",
     "objective": "NAME=PRIORITY, for clients that send llm-d's x-llm-d-inference-objective; may be repeated",
     "tenant_weight": "TENANT=WEIGHT, its share among those that wait, 1 by default; may be repeated",
+    "slo_ttft_ms": "objective for the first token of requests that name none, for autoscaling",
+    "slo_tpot_ms": "objective for each further token of requests that name none, for autoscaling",
+    "slo_percent": "share of requests that are to keep their objectives, for autoscaling",
+    "scaling_window_ms": "autoscaling is by what was asked for in so much time",
+    "min_replicas": "fewer engines of a kind are never desired",
+    "max_replicas": "more engines of a kind are never desired",
     "api_key": f"clients must send it as bearer token; also read from {API_KEY_VARIABLE}",
     "stock_engine": "an engine without our plugin, as http=URL,events=tcp://HOST:PORT; may be repeated",
 }

@@ -57,6 +57,7 @@ class WaitingRoom:
 
         Otherwise it was sent away. Whoever is cancelled here has left.
         """
+        self._fleet.traffic.asked(arrival.id, arrival.pool[0].model, wish, self._clock.now_ms())
         if self._let_go is None and not self._flow.waiting(arrival.pool) and self._has_room(arrival.pool):
             return None
         return await self._wait(to_wait(arrival, wish, self._longest_ms))
@@ -64,6 +65,7 @@ class WaitingRoom:
     async def _wait(self, item: Item) -> Shed | None:
         turn: asyncio.Future[Shed | None] = asyncio.get_running_loop().create_future()
         self._turns[item.id] = turn
+        self._fleet.traffic.waits(item.id)
         self._send_away(self._flow.enter(item))
         self._tick_soon()
         try:
@@ -71,6 +73,7 @@ class WaitingRoom:
         finally:
             del self._turns[item.id]
             self._flow.leave(item.id)
+            self._fleet.traffic.waits_no_more(item.id)
             if self._let_go == item.id:
                 self._let_go = None
                 asyncio.get_running_loop().call_soon(self._go_on)  # by then the request is placed, or gone

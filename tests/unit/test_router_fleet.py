@@ -440,7 +440,7 @@ def test_what_answers_take_changes_the_rates_of_candidates_and_a_new_life_forget
     for _ in range(20):
         decision = decide(facts, candidates(), policies.make("cost", PolicySettings(1000, random.Random())))
         assert decision is not None
-        net.fleet.answered(decision, Measured(3000.0, 4000.0, True, Usage(2999, 0, 11)))
+        net.fleet.answered("r", decision, Measured(3000.0, 4000.0, True, Usage(2999, 0, 11)))
     assert candidates().rates.token_ms[0] > 5 * before
     assert candidates().output_tokens < 110 and candidates().reuse < 0.1
     assert candidates().rates.step_ms[0] == pytest.approx(100, rel=0.1)

@@ -20,13 +20,13 @@ class Routing:
     """Does for a request what `router/dispatch.py` does, without HTTP."""
 
     def __init__(self, settings: RouterSettings, clock: Clock, policy: Policy) -> None:
-        self._fleet = Fleet(settings, clock, "simulated")
+        self.fleet = Fleet(settings, clock, "simulated")
         self._policy = policy
-        self._no_text = self._fleet.cut(_NOTHING)
+        self._no_text = self.fleet.cut(_NOTHING)
 
     def told(self, message: LinkMessage) -> None:
         """An engine says so. What the router owes it in return, a simulated engine does not need."""
-        self._fleet.on_message(b"", message)
+        self.fleet.on_message(b"", message)
 
     def decide(self, request: str, prompt: Tokens, most_tokens: int | None = None) -> Decision | None:
         """Where a prompt of token ids goes, and from whom its KV comes; counted until `done`.
@@ -39,19 +39,19 @@ class Routing:
         facts = replace(
             _NOTHING, tokens=array("I", text), text=text, prompt_tokens=len(prompt), output_tokens=most_tokens
         )
-        decision = decide(facts, self._fleet.candidates(facts, self._no_text), self._policy)
+        decision = decide(facts, self.fleet.candidates(facts, self._no_text), self._policy)
         if decision is not None:
-            self._fleet.place(request, decision, self._no_text)
+            self.fleet.place(request, decision, self._no_text)
         return decision
 
     def answering(self, request: str, decision: Decision) -> None:
         """The first token has come."""
-        self._fleet.answering(request, decision)
+        self.fleet.answering(request, decision)
 
     def done(self, request: str, decision: Decision) -> None:
         """The answer has ended."""
-        self._fleet.done(request, decision)
+        self.fleet.done(request, decision)
 
-    def answered(self, decision: Decision, measured: Measured) -> None:
-        """What the answer tells of the engines' speed."""
-        self._fleet.answered(decision, measured)
+    def answered(self, request: str, decision: Decision, measured: Measured) -> None:
+        """What the answer tells of the engines' speed. To be told before `done`."""
+        self.fleet.answered(request, decision, measured)

@@ -180,8 +180,8 @@ class Simulation:
                 self._events.at(order.transfer.here_ms(now_ms, order.member.model.speeds), self._supply, request.id)
                 continue
             asked = self._asked.pop(request.id)
+            self._routing.answered(request.id, asked.decision, _measured(asked.outcome, request))
             self._routing.done(request.id, asked.decision)
-            self._routing.answered(asked.decision, _measured(asked.outcome, request))
             self._ended(int(request.id))
 
     def _note_computed(self, member: Member, request: SimRequest) -> None:
