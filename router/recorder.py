@@ -201,4 +201,4 @@ def recorder(path: str, began: Began, recorded: Tally, lost: Tally) -> Recorder:
 
 def _size(made: Made | None) -> int:
     """Memory that it takes while it is not written."""
-    return 1024 if made is None else 1024 + ENGINE_BYTES * len(made.candidates) + made.chunks.hashes.nbytes
+    return 1024 if made is None else 1024 + ENGINE_BYTES * len(made.candidates) + len(made.facts.text)

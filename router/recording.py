@@ -15,6 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_llmd.errors import LlmdError
+from vllm_llmd.kernels.hash_chain import Names
+from vllm_llmd.kernels.hash_chain_cpu import piece_names, xxh64
 from vllm_llmd.names import EngineId
 from vllm_llmd.router.candidates import Candidates, Loads, RateColumns, Roster
 from vllm_llmd.router.decisions import Made, Outcome, Record
@@ -178,9 +180,9 @@ class Writer:
                     at_s=record.at_s,
                     roster=known.number,
                     facts=_told_facts(made.facts),
-                    chunks=self._masked(made.chunks.hashes).tobytes(),
+                    chunks=self._masked(names_of(made)).tobytes(),
                     chunk_bytes=made.chunks.chunk_bytes,
-                    text_bytes=made.chunks.text_bytes,
+                    text_bytes=len(made.facts.text),
                     cached_at=cached_at.astype(np.uint32).tobytes(),
                     cached=cached[:, cached_at].tobytes(),
                     changed=changed.astype(np.uint32).tobytes(),
@@ -222,13 +224,20 @@ class Writer:
         frames.append(framed(Member(number, msgspec.structs.replace(info, http="", workers=[]), stock)))
         return number
 
-    def _masked(self, hashes: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    def _masked(self, hashes: Names) -> Names:
         """Other names, as different as the ones before."""
         first, second = (np.uint64(each) for each in self._key)
         mixed = (hashes ^ first) * np.uint64(0x9E3779B97F4A7C15)
         mixed = (mixed ^ (mixed >> np.uint64(32)) ^ second) * np.uint64(0xD6E8FEB86659FD93)
-        found: npt.NDArray[np.uint64] = mixed ^ (mixed >> np.uint64(29))
+        found: Names = mixed ^ (mixed >> np.uint64(29))
         return found
+
+
+def names_of(made: Made) -> Names:
+    """Of the prompt's beginnings, token ids being text of 4 bytes each: routing has no need to name those."""
+    if len(made.chunks.hashes) or not made.facts.text:
+        return made.chunks.hashes
+    return piece_names(made.facts.text, made.chunks.chunk_bytes, xxh64(made.facts.seed, 0))
 
 
 def rows_of(candidates: Candidates) -> Rows:

@@ -169,10 +169,12 @@ def test_no_prompt_and_no_address_is_in_a_recording() -> None:
     assert not any(name.tobytes() in content for name in named)
 
 
-def test_texts_that_begin_alike_do_so_in_a_recording() -> None:
+@pytest.mark.parametrize("as_tokens", [False, True], ids=["text", "tokens"])
+def test_prompts_that_begin_alike_do_so_in_a_recording(as_tokens: bool) -> None:
     roster = Roster.of([engine("a")], "m")
-    texts = [SECRET, SECRET[:1024] + b"x" * 900, b"y" + SECRET]
-    content = written(*(made(at, roster, facts=Facts("m", None, b"", text, 9, None)) for at, text in enumerate(texts)))
+    texts = [SECRET, SECRET[:1024] + b"x" * 900, b"yyyy" + SECRET]
+    asked = [Facts("m", array("I", text) if as_tokens else None, b"", text, 9, None) for text in texts]
+    content = written(*(made(at, roster, facts=facts) for at, facts in enumerate(asked)))
     first, second, third = (found.facts.text for found in decisions_in(content))
     assert first[:1024] == second[:1024] and first[1024:1280] != second[1024:1280] and first[:256] != third[:256]
     assert [len(first), len(second), len(third)] == [len(text) for text in texts]
