@@ -20,7 +20,7 @@ from vllm_llmd.wire import EngineInfo, Load
 
 ROUNDS = 15
 LIMITS = Limits(engine_queue=8, engine_requests=256, prefill_tokens=65_536, fresh_ms=2000)
-POOL: Pool = (Wanted("m"), True)
+POOL = Pool(Wanted("m"), True)
 PLAIN = [("Host", "router:8000"), ("Accept", "*/*"), ("Content-Type", "application/json"), ("Content-Length", "4096")]
 PLAIN += [("Authorization", "Bearer key"), ("User-Agent", "client/1.0"), ("Accept-Encoding", "gzip")]
 ASKING = [*PLAIN, ("x-llmd-priority", "5"), ("x-llmd-tenant", "team-a"), ("x-llmd-slo-ttft-ms", "250")]

@@ -9,9 +9,11 @@ from aiohttp import web
 from vllm_llmd.names import EngineId
 from vllm_llmd.router import rewrite
 from vllm_llmd.router.begun import Begun
+from vllm_llmd.router.candidates import Candidates
 from vllm_llmd.router.decide import Decision
 from vllm_llmd.router.failover import Way
 from vllm_llmd.router.membership import Engine
+from vllm_llmd.router.prospects import Prospect
 from vllm_llmd.router.request import Facts
 from vllm_llmd.router.slo import Wish
 from vllm_llmd.router.text_index import Chunks
@@ -19,6 +21,16 @@ from vllm_llmd.router.upstream import Attempt
 
 Asking = tuple[bytes, Mapping[str, Any]]
 """A request, raw and parsed, with the usage of its stream asked for."""
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A prospect, and what it was made of: the fleet as of `version`. Making it took `took_ms`."""
+
+    version: tuple[int, int]
+    candidates: Candidates
+    prospect: Prospect | None
+    took_ms: float
 
 
 @dataclass
@@ -44,6 +56,8 @@ class Call:
     session: str | None = None
     waited_ms: float = 0.0
     """In the queue."""
+    planned: Planned | None = None
+    """Where it would go, until it does."""
     decisions: int = 0
     """Made for it so far."""
     explained: Mapping[str, str] = field(default_factory=dict)

@@ -12,12 +12,13 @@ from aiohttp import web
 from vllm_llmd.names import EngineId
 from vllm_llmd.router import explain, policies, replies, rewrite, upstream
 from vllm_llmd.router.barred import barred, filtered
-from vllm_llmd.router.call import Call, attempt_at
+from vllm_llmd.router.call import Call, Planned, attempt_at
 from vllm_llmd.router.context import Context
-from vllm_llmd.router.decide import Decision, decide
+from vllm_llmd.router.decide import Decision, decision_of
 from vllm_llmd.router.decisions import LONGEST_NAME, Made, Outcome, Record
 from vllm_llmd.router.feedback import Feedback, Sent
 from vllm_llmd.router.policy import PolicySettings
+from vllm_llmd.router.prospects import Prospect, prospect
 from vllm_llmd.router.relay import Relay
 from vllm_llmd.router.retries import RetryBudget, pause_ms
 from vllm_llmd.router.upstream import Answer, Failure
@@ -94,13 +95,27 @@ class Dispatcher:
         record = self._note(call, made)
         return None if made.decision is None else (made.decision.without_prices(), record)
 
-    def _decide(self, call: Call) -> Made:
+    def plan(self, call: Call) -> Prospect | None:
+        """Where the request would go now, and whether it does better to wait. None if nobody can take it."""
+        planned = self._plan(call)
+        found = planned.prospect
+        call.planned = planned if found is not None and found.wait is None else None
+        return found
+
+    def _plan(self, call: Call) -> Planned:
         began_ms = self._clock.now_ms()
         candidates = self._fleet.candidates(call.facts, call.chunks, self._spared(call), call.session)
-        decision = decide(call.facts, candidates, self._policy)
+        found = prospect(call.facts, candidates, self._policy, self._room.is_saturated)
+        return Planned(self._fleet.version, candidates, found, self._clock.now_ms() - began_ms)
+
+    def _decide(self, call: Call) -> Made:
+        planned, call.planned = call.planned, None
+        if planned is None or planned.version != self._fleet.version:
+            planned = self._plan(call)
+        found, of = planned.prospect, planned.candidates
+        decision = None if found is None else decision_of(found.choice, call.facts, of)
         call.decisions += 1
-        took_ms = self._clock.now_ms() - began_ms
-        return Made(call.id, call.decisions, call.facts, call.chunks, candidates, decision, call.waited_ms, took_ms)
+        return Made(call.id, call.decisions, call.facts, call.chunks, of, decision, call.waited_ms, planned.took_ms)
 
     def _note(self, call: Call, made: Made) -> Record:
         """The decision becomes one of the latest; a client that has asked why is told."""

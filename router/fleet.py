@@ -335,6 +335,11 @@ class Fleet:
         """How many engines each pool should have, and why."""
         return self._replicas.plans(self._clock.now_ms())
 
+    @property
+    def version(self) -> tuple[int, int]:
+        """Another after every change of who may take requests."""
+        return self.membership.version, self.health.version
+
     def roster(self, wanted: Wanted) -> Roster:
         """Every ready engine that may take what is wanted."""
         return self.rosters.of(wanted)[0]

@@ -9,15 +9,26 @@ import math
 from bisect import bisect_left, insort
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Final, Literal
+from dataclasses import dataclass, replace
+from typing import Final, Literal, NamedTuple
 
+from vllm_llmd.names import EngineId
 from vllm_llmd.router.rosters import Wanted
 from vllm_llmd.router.slo import Wish
 
 Reason = Literal["queue-full", "displaced", "expired", "shutting-down"]
-Pool = tuple[Wanted, bool]
-"""Which engines may take it, and whether the prompt is long enough to be computed by another than decodes it."""
+
+
+class Pool(NamedTuple):
+    """Which engines may take it, whether the prompt is long enough to be computed by another than decodes it; and for
+    whom it waits, if others have room and it does better to wait.
+    """
+
+    wanted: Wanted
+    needs_source: bool
+    engine: EngineId | None = None
+
+
 IsOpen = Callable[[Pool], bool]
 """Whether some engine can take a request of the pool."""
 
@@ -26,6 +37,8 @@ EXPECTED_ANSWER_TOKENS: Final = 256
 DEBTS_KEPT: Final = 10_000
 """Tenants without a waiting request whose share in a band is remembered."""
 SMOOTHING: Final = 0.1
+POOLS: Final = 128
+"""Different things that may be waited for: clients choose selectors, and each has to be looked at."""
 LONGEST_RETRY_S: Final = 60
 
 _Rank = tuple[float, int, str]
@@ -120,7 +133,7 @@ class Flow:
     def enter(self, item: Item) -> list[Shed]:
         """The request waits, or is sent away, or others are for it: those who would have left last."""
         assert item.id not in self._items, "a request waits once"
-        if item.size_bytes > self._limits.size_bytes or not self._limits.requests:
+        if item.size_bytes > self._limits.size_bytes or not self._limits.requests or self._too_many_pools(item.pool):
             return [Shed(item, "queue-full")]
         self._number += 1
         self._put(item, self._number)
@@ -156,14 +169,38 @@ class Flow:
 
     def next(self, is_open: IsOpen, now_ms: float) -> Item | None:
         """Who leaves now, of those whose pool is open. None only if there is nobody."""
+        item = self.first(is_open)
+        if item is not None:
+            self.send(item, now_ms)
+        return item
+
+    def first(self, is_open: IsOpen) -> Item | None:
+        """Whose turn it is, of those whose pool is open. None only if there is nobody."""
         for priority in reversed(self._priorities):
             item = self._bands[priority].choose(is_open)
             if item is not None:
-                self._bands[priority].charge(item)
-                self._take(item)
-                self._note_sent(now_ms)
                 return item
         return None
+
+    def send(self, item: Item, now_ms: float) -> None:
+        """The request, which waits, leaves for an engine, on its tenant's account."""
+        self._bands[item.priority].charge(item)
+        self._take(item)
+        self._note_sent(now_ms)
+
+    def move(self, request: str, pool: Pool) -> None:
+        """It waits for something else from now on, in its place in the order."""
+        item, number = self._items[request]
+        moved = replace(item, pool=pool)
+        self._bands[item.priority].move(item, moved, number)
+        self._items[request] = moved, number
+        self._count(item.pool, -1)
+        self._count(pool, 1)
+
+    def fits(self, item: Item) -> bool:
+        """Whether it can wait without anybody having to go for it."""
+        has_room = len(self._items) < self._limits.requests
+        return has_room and self.size_bytes + item.size_bytes <= self._limits.size_bytes
 
     def retry_after_s(self) -> int:
         """How long the queue as it is will take, at the pace of late."""
@@ -181,7 +218,7 @@ class Flow:
         self._bands[item.priority].put(item, number)
         self._items[item.id] = item, number
         insort(self._expiries, (item.expires_ms, number, item.id))
-        self._pools[item.pool] += 1
+        self._count(item.pool, 1)
         self.size_bytes += item.size_bytes
 
     def _take(self, item: Item) -> None:
@@ -192,10 +229,16 @@ class Flow:
             del self._bands[item.priority]
             self._priorities.remove(item.priority)
         _drop(self._expiries, (item.expires_ms, number, item.id))
-        self._pools[item.pool] -= 1
-        if not self._pools[item.pool]:
-            del self._pools[item.pool]
+        self._count(item.pool, -1)
         self.size_bytes -= item.size_bytes
+
+    def _count(self, pool: Pool, change: int) -> None:
+        self._pools[pool] += change
+        if not self._pools[pool]:
+            del self._pools[pool]
+
+    def _too_many_pools(self, pool: Pool) -> bool:
+        return pool not in self._pools and sum(each.engine is None for each in self._pools) >= POOLS
 
     def _excess(self) -> list[Item]:
         """Who has to go so that the limits hold: of the lowest band, of the tenant that waits with most, the last."""
@@ -265,6 +308,15 @@ class _Band:
             del line.queues[item.pool]
         if not line.queues:
             self._end(item.tenant, line)
+
+    def move(self, item: Item, moved: Item, number: int) -> None:
+        """It stays where it is in the order of its line, under another pool."""
+        queues, rank = self._lines[item.tenant].queues, (item.deadline_ms, number, item.id)
+        _drop(queues[item.pool], rank)
+        if not queues[item.pool]:
+            del queues[item.pool]
+        insort(queues.setdefault(moved.pool, []), rank)
+        self._items[item.id] = moved
 
     def choose(self, is_open: IsOpen) -> Item | None:
         """Of the first tenant that has any whose pool is open, the first."""

@@ -6,6 +6,7 @@ Owns no state of the fleet.
 import asyncio
 import itertools
 import time
+from functools import partial
 from typing import Final
 
 from aiohttp import web
@@ -17,7 +18,7 @@ from vllm_llmd.router.context import Context
 from vllm_llmd.router.dispatch import Dispatcher
 from vllm_llmd.router.exact import Exact
 from vllm_llmd.router.failover import way_to_continue
-from vllm_llmd.router.flow import Arrival
+from vllm_llmd.router.flow import Arrival, Pool
 from vllm_llmd.router.request import Kind, RequestError, read_facts, skim
 from vllm_llmd.router.sessions import read_session
 from vllm_llmd.router.slo import read_wish, with_wish
@@ -107,16 +108,16 @@ class Front:
     async def _refused(self, call: Call) -> web.StreamResponse | None:
         """Waits until an engine may have room. The answer, if the request cannot be served."""
         facts, longest = call.facts, call.body.get("max_completion_tokens") or call.body.get("max_tokens")
-        pool = self._fleet.rosters.wanted(facts), facts.prompt_tokens >= self._settings.min_remote_tokens
+        needs_source = facts.prompt_tokens >= self._settings.min_remote_tokens
         arrival = Arrival(
             id=call.id,
-            pool=pool,
+            pool=Pool(self._fleet.rosters.wanted(facts), needs_source),
             prompt_tokens=facts.prompt_tokens,
             max_tokens=longest if isinstance(longest, int) and longest > 0 else None,
             size_bytes=len(call.raw),
             arrived_ms=self._clock.now_ms(),
         )
-        shed = await self._room.admit(arrival, call.wish)
+        shed = await self._room.admit(arrival, call.wish, partial(self._dispatcher.plan, call))
         call.waited_ms = self._clock.now_ms() - arrival.arrived_ms
         if shed is None:
             return None

@@ -101,6 +101,9 @@ class Engine:
     """What `usage.Unasked` has learnt from its streams."""
     takes_stream_options: bool = True
     occupancy: Occupancy = field(default_factory=Occupancy)
+    line_requests: int = 0
+    line_tokens: int = 0
+    """Requests that wait in this router for it to have room, and prompt tokens that it would compute for them."""
     cached_blocks: int = 0
     row: bytes = b""
     rates: bytes = PRIOR_ROW
@@ -143,6 +146,12 @@ class Engine:
             self.tokens_ahead -= placed.prefill_tokens
             self._write_row()
 
+    def line_up(self, requests: int, tokens: int) -> None:
+        """So many more wait in this router for it, or fewer: who comes later comes after them."""
+        self.line_requests += requests
+        self.line_tokens += tokens
+        self._write_row()
+
     def reported(self, load: Load, now_ms: float, cached_blocks: int = 0) -> None:
         """Takes a load report in. It covers what was placed before the report before it."""
         load = plausible(load)
@@ -162,10 +171,10 @@ class Engine:
     def _write_row(self) -> None:
         load = self.load
         self.row = _ROW.pack(
-            self.requests_ahead,
-            self.tokens_ahead,
+            self.requests_ahead + self.line_requests,
+            self.tokens_ahead + self.line_tokens,
             load.running,
-            load.waiting,
+            load.waiting + self.line_requests,
             load.free_blocks,
             self.cached_blocks,
             load.step_ms,

@@ -207,6 +207,11 @@ class Metrics:
             ["band", "reason"],
             registry=self._registry,
         )
+        self.held = Counter(
+            "vllm_llmd_held_requests",
+            "Requests that waited for one engine though others had room",
+            registry=self._registry,
+        )
         self._queued = Gauge(
             "vllm_llmd_queued_requests", "Requests that wait in the router", ["band"], registry=self._registry
         )

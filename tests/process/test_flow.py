@@ -252,3 +252,30 @@ async def test_an_engine_that_schedules_by_priority_is_told_it_in_its_own_sense(
     told = [request.body.get("priority") for request in engine.requests]
     assert told == [-5 if schedules else None, 3]
     assert all("x-llmd-priority" not in request.headers for request in engine.requests)
+
+
+@queueing()
+async def test_a_request_waits_for_the_engine_that_has_its_prompt_though_another_has_room(site: Site) -> None:
+    tokens = list(range(60_000))
+    holder, other = (
+        await held(site, max_model_len=100_000),
+        await site.engine("b", max_model_len=100_000, fingerprint="g"),
+    )
+    await site.ready(other)
+    holder.publish(stored=holder.names(tokens))
+    await site.index_equals_truth(holder)
+    first = [asyncio.ensure_future(site.post({"model": "fake", "prompt": tokens}, COMPLETIONS)) for _ in range(2)]
+
+    async def requests() -> int:
+        return len(holder.requests)
+
+    await until(requests, lambda count: count == 2)
+    waits = asyncio.ensure_future(site.post({"model": "fake", "prompt": tokens}, COMPLETIONS))
+    await until(lambda: site.metric("vllm_llmd_held_requests_total"), lambda count: count == 1)
+    async with site.post({"model": "fake", "prompt": [7] * 100}, COMPLETIONS) as response:
+        assert response.headers["X-Fake-Engine"] == "b", "it blocks nobody who goes elsewhere"
+    assert holder.turnstile is not None
+    for _ in range(3):
+        holder.turnstile.release()
+    for answer in await asyncio.gather(*first, waits):
+        assert answer.headers["X-Fake-Engine"] == "a"

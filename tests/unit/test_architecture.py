@@ -66,6 +66,7 @@ PURE = (
     "router/seen.py",
     "router/picker.py",
     "router/filters.py",
+    "router/prospects.py",
     "router/rosters.py",
     "router/selector.py",
     "router/plans.py",

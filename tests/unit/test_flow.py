@@ -21,10 +21,13 @@ from vllm_llmd.router.flow import (
     Shed,
     to_wait,
 )
+from vllm_llmd.router.rosters import Wanted
 from vllm_llmd.router.slo import Wish
 
-POOL: Pool = ("m", False)
-POOLS: tuple[Pool, ...] = (POOL, ("m", True), ("other", False))
+POOL = Pool(Wanted("m"), False)
+LONG = Pool(Wanted("m"), True)
+OTHER = Pool(Wanted("other"), False)
+POOLS = (POOL, LONG, OTHER)
 ITEM = Item("0", POOL, "", 0, 10, 100, 0.0, 1000.0, 1000.0)
 
 
@@ -270,8 +273,8 @@ def test_debts_are_bounded() -> None:
 
 def test_a_pool_without_room_blocks_nobody_else() -> None:
     queue = flow()
-    fill(queue, *row("a", 3, pool=("m", True), priority=5), replace(ITEM, id="b", tenant="a", pool=("other", False)))
-    item = queue.next(lambda pool: pool[0] == "other", 0.0)
+    fill(queue, *row("a", 3, pool=LONG, priority=5), replace(ITEM, id="b", tenant="a", pool=OTHER))
+    item = queue.next(lambda pool: pool == OTHER, 0.0)
     assert item is not None and item.id == "b"
 
 

@@ -9,7 +9,7 @@ import pytest
 from vllm_llmd.clock import MonotonicClock
 from vllm_llmd.names import EngineId, Epoch
 from vllm_llmd.router.fleet import Fleet
-from vllm_llmd.router.flow import Arrival, Shed
+from vllm_llmd.router.flow import Arrival, Pool, Shed
 from vllm_llmd.router.membership import Engine, Placed
 from vllm_llmd.router.observe import Metrics
 from vllm_llmd.router.rosters import Wanted
@@ -40,8 +40,8 @@ class Place:
         self.room = WaitingRoom(self.settings, fleet, Metrics(fleet), clock)
 
     async def serve(self, request: str, wish: Wish, turns: int) -> None:
-        arrival = Arrival(request, (Wanted("m"), False), 10, None, 100, MonotonicClock().now_ms())
-        shed = await self.room.admit(arrival, wish)
+        arrival = Arrival(request, Pool(Wanted("m"), False), 10, None, 100, MonotonicClock().now_ms())
+        shed = await self.room.admit(arrival, wish, lambda: None)
         if shed is not None:
             self.shed[request] = shed
             return
