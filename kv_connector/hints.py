@@ -42,6 +42,13 @@ class Hint:
     deadline_ms: int | None = None
     trace: str | None = None
 
+    def supplied(self, prompt_tokens: int) -> int:
+        """How many tokens of a prompt of so many are to come from other engines: never its last."""
+        if not self.sources:
+            return 0
+        until = self.sources[-1].until
+        return max(prompt_tokens - 1, 0) if until is None else min(until, max(prompt_tokens - 1, 0))
+
 
 def read_hint(kv_transfer_params: Any) -> Hint:
     """The hint of a request. What has the wrong shape counts as unsaid."""

@@ -131,10 +131,10 @@ class SchedulerSide:
 
     def new_request(self, request: Any) -> None:
         self._requests[request.request_id] = self._prefilling[request.request_id] = request
-        self._load.arrived(request.request_id, request.num_prompt_tokens)
-        name = read_hint(request.kv_transfer_params).request
-        if name is not None:
-            self._unseen[request.request_id] = name
+        hint = read_hint(request.kv_transfer_params)
+        self._load.arrived(request.request_id, request.num_prompt_tokens, hint.supplied(request.num_prompt_tokens))
+        if hint.request is not None:
+            self._unseen[request.request_id] = hint.request
         self._placing.arrived(request)
         self._serving.arrived(request)
 
@@ -144,6 +144,7 @@ class SchedulerSide:
     def allocated(self, request: Any, tokens: int) -> None:
         """vLLM has allocated blocks, `tokens` of them to be loaded."""
         if tokens > 0:
+            self._load.parked(request.request_id)
             self._placing.allocated(request, tokens, self._pool.blocks_of(request.request_id))
 
     def request_finished(self, request: Any) -> dict[str, Any] | None:

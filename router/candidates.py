@@ -29,6 +29,9 @@ Shape = tuple[int, str | None]
 OUTPUT_TOKENS: Final = 128.0
 """Prior for the length of an answer: some paragraphs, the mean of chats in published traces within a factor of two."""
 
+NEW_TOKENS: Final = 1000.0
+"""Prior for how many tokens of a prompt are to be computed: some pages. Matters little until queues are long."""
+
 REUSE: Final = 0.1
 """Prior for the share of cached blocks that are wanted again: most of what is evicted was used once."""
 
@@ -42,17 +45,17 @@ class Remotes:
     everyone: Places
 
 
-ROSTER_ROW: Final = np.dtype([(name, np.float64) for name in ("block_sizes", "num_blocks", "helped")])
+ROSTER_ROW: Final = np.dtype([(name, np.float64) for name in ("block_sizes", "num_blocks", "helped", "decodes")])
 
 
 @dataclass(frozen=True, eq=False)
 class Roster:
     """`decoders` may decode: who has a role for it, or everyone if nobody has. `prefillers` prefill for others.
 
-    `kinds` are equal where fingerprints are. `remotes` may give KV to each other. `helped` is 1 for who only decodes
-    and has others to compute long prompts for it, and 0 for the rest. `shapes` are the ways in which the engines name
-    the prompt's blocks: by blocks of so many tokens, for their base model or for an adapter of this name; and who does
-    so.
+    `kinds` are equal where fingerprints are. `remotes` may give KV to each other. `decodes` is 1 for the decoders and 0
+    for the rest; so is `helped` for who only decodes and has others to compute long prompts for it. `shapes` are the
+    ways in which the engines name the prompt's blocks: by blocks of so many tokens, for their base model or for an
+    adapter of this name; and who does so.
     """
 
     engines: tuple[Engine, ...]
@@ -62,6 +65,7 @@ class Roster:
     block_sizes: Counts
     num_blocks: Counts
     helped: Column
+    decodes: Column
     remotes: tuple["Remotes", ...]
     shapes: tuple[tuple[Shape, Places], ...]
 
@@ -88,9 +92,17 @@ class Roster:
             block_sizes=np.array([engine.info.block_size for engine in engines], np.int64),
             num_blocks=np.array([max(engine.info.num_blocks, 1) for engine in engines], np.int64),
             helped=helped.astype(np.float64),
+            decodes=decodes.astype(np.float64),
             remotes=remotes,
             shapes=tuple((shape, np.array(places, np.intp)) for shape, places in shapes.items()),
         )
+
+    @cached_property
+    def computing(self) -> Column:
+        """The share that each has in an average of those who compute prompts."""
+        computes = 1 - self.helped
+        shares: Column = computes / max(computes.sum(), 1.0)
+        return shares
 
     @cached_property
     def rows(self) -> Rows:
@@ -158,7 +170,7 @@ class Loads(Table):
 
     `running` and `waiting` are requests as it has reported them; of its GPU's blocks `free_blocks` are not in use, and
     `cached_blocks` hold something that may be found again. `batch` are requests that run, or will as soon as they
-    arrive.
+    arrive; `unplaced` prompt tokens have no block yet.
     """
 
     requests = ColumnOf()
@@ -169,6 +181,7 @@ class Loads(Table):
     cached_blocks = ColumnOf()
     step_ms = ColumnOf()
     batch = ColumnOf()
+    unplaced = ColumnOf()
 
     @classmethod
     def of(cls, engines: Iterable[Engine]) -> "Loads":
@@ -201,7 +214,8 @@ class Candidates:
 
     `offloaded_blocks` of the `prefix_blocks` are not on the GPU: they come after the last that is.
     `prefix_blocks` are as many as are to be counted on, `claimed_blocks` what the index says. Of answers,
-    `output_tokens` are expected; `reuse` is the share of cached blocks that are wanted again.
+    `output_tokens` are expected; `reuse` is the share of cached blocks that are wanted again, and `new_tokens` are
+    computed of a prompt on average.
     """
 
     roster: Roster
@@ -212,6 +226,7 @@ class Candidates:
     rates: RateColumns
     output_tokens: float = OUTPUT_TOKENS
     reuse: float = REUSE
+    new_tokens: float = NEW_TOKENS
 
     def __len__(self) -> int:
         return len(self.roster.engines)

@@ -67,6 +67,17 @@ def prefill_interference_ms(own_prefill_ms: Milliseconds, batch: Column) -> Mill
 
 
 @usable_in_kernels
+def congestion_ms(own_prefill_ms: Milliseconds, ahead: Column, ahead_on_average: float) -> Milliseconds:
+    """What computing the prompt takes from those that will come while the queue that it joins lasts.
+
+    In a queue of single server, random arrivals and random work (M/M/1), `ahead_on_average` is utilization over what is
+    left of it, and so many arrive for each that is `ahead` until the queue is empty.
+    """
+    found: Milliseconds = own_prefill_ms * ahead * ahead_on_average
+    return found
+
+
+@usable_in_kernels
 def decode_interference_ms(output_tokens: float, loads: Loads, rates: RateColumns) -> Milliseconds:
     """What one more sequence takes from those that decode there, step by step."""
     found: Milliseconds = output_tokens * rates.step_running_ms * loads.batch
@@ -87,8 +98,11 @@ def memory_ms(new_tokens: Column, loads: Loads, roster: Roster, reuse: float, ra
 
 @usable_in_kernels
 def full_ms(new_tokens: Column, loads: Loads, roster: Roster, answer_ms: Milliseconds) -> Milliseconds:
-    """Waiting for blocks that others have to give back first, as all do within an answer, which takes `answer_ms`."""
+    """Waiting for blocks that others have to give back first, as all do within an answer, which takes `answer_ms`.
+
+    Requests that came before and have no blocks yet are served first.
+    """
     used = np.maximum(roster.num_blocks - loads.free_blocks, 1)
-    missing = np.minimum(np.maximum(new_tokens / roster.block_sizes - loads.free_blocks, 0), used)
-    found: Milliseconds = (loads.running > 0) * (answer_ms * missing / used)
+    missing = np.maximum((new_tokens + loads.unplaced) / roster.block_sizes - loads.free_blocks, 0)
+    found: Milliseconds = (loads.batch > 0) * (answer_ms * missing / used)
     return found

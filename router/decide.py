@@ -16,7 +16,7 @@ class Decision:
 
     `source` supplies KV up to token `source_until`, or to the prompt's end if that is None. `prefill_tokens` says how
     many of the prompt's tokens each of the two then computes. `terms` are its costs in milliseconds; `choice` is what
-    it was made of, `seen` what the request found.
+    it was made of, `seen` what the request found there, and `source_seen` at the source.
     """
 
     destination: EngineId
@@ -29,6 +29,11 @@ class Decision:
     prefill_tokens: Mapping[EngineId, int] = field(default_factory=dict)
     choice: Choice | None = None
     seen: Seen | None = None
+    source_seen: Seen | None = None
+
+    def new_tokens(self, engine: EngineId) -> int:
+        """How many of the prompt's tokens one of the two needs blocks for."""
+        return self.uncached_tokens if engine == self.destination else self.prefill_tokens.get(engine, 0)
 
     def without_prices(self) -> "Decision":
         """The same, to be kept while the request is under way: prices hold on to the columns of all candidates."""
@@ -66,6 +71,7 @@ def decision_of(choice: Choice, facts: Facts, candidates: Candidates) -> Decisio
         prefill_tokens=prefill_tokens,
         choice=choice,
         seen=_seen(facts, candidates, at),
+        source_seen=None if source is None else _seen(facts, candidates, source),
     )
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Final, Literal
 
 from vllm_llmd.names import EngineId
-from vllm_llmd.router.candidates import OUTPUT_TOKENS, REUSE
+from vllm_llmd.router.candidates import NEW_TOKENS, OUTPUT_TOKENS, REUSE
 from vllm_llmd.router.decide import Decision
 from vllm_llmd.router.least_squares import LeastSquares
 from vllm_llmd.router.rates import PRIOR, Rates
@@ -26,8 +26,8 @@ PRIORS: Final[dict[What, tuple[float, ...]]] = {
     "transfer": (PRIOR.transfer_ms, PRIOR.transfer_token_ms),
 }
 
-TRANSFER_SHARE: Final = 0.25
-"""Of what was expected until the first byte: a transfer that is less of it cannot be told from errors of the rest."""
+SHARE: Final = 0.25
+"""Of what was expected until the first byte: what is less of it cannot be told from errors of the rest."""
 
 ENOUGH: Final = 8
 """Measurements before a model may be believed: more than it has coefficients."""
@@ -44,7 +44,16 @@ SLOW_WEIGHT: Final = 1 / 64
 COLD_WEIGHT: Final = 1 / 4
 """Of the newest engine's first answer in what being cold costs: engines join too rarely for more to be gathered."""
 
-UNTIL_FIRST_BYTE: Final = ("queue_ms", "prefill_ms", "reload_ms", "transfer_ms", "cold_ms")
+UNTIL_FIRST_BYTE: Final = (
+    "queue_ms",
+    "join_ms",
+    "prefill_ms",
+    "reload_ms",
+    "transfer_ms",
+    "cold_ms",
+    "blocks_ms",
+)
+NOT_OF_THE_SOURCE: Final = ("join_ms", "transfer_ms", "blocks_ms")
 MOST_TOKENS: Final = 1e6
 LEAST_MS: Final = 0.1
 
@@ -122,6 +131,7 @@ class Models:
         self._cold_ms = PRIOR.cold_ms
         self.output_tokens = OUTPUT_TOKENS
         self.reuse = REUSE
+        self.new_tokens = NEW_TOKENS
 
     def of(self, engine: EngineId) -> EngineModel:
         """The engine's; a new one if it has none."""
@@ -174,12 +184,15 @@ class Models:
         cached_tokens = None if usage is None or decision.source is not None else usage.cached_tokens
         if usage is not None:
             self._note_traffic(usage.prompt_tokens, cached_tokens, usage.completion_tokens)
+        if decision.prefill_tokens:
+            new_tokens = min(sum(decision.prefill_tokens.values()), MOST_TOKENS)
+            self.new_tokens += SLOW_WEIGHT * (new_tokens - self.new_tokens)
         if seen is None or not measured.is_stream:
             return
-        if decision.source is None:
+        if decision.source is not None:
+            self._supplied(decision, decision.source, measured.first_byte_ms)
+        elif _share(decision, "blocks_ms") < SHARE:
             self._first_byte(engine, first_byte_of(seen, cached_tokens), measured.first_byte_ms)
-        else:
-            self._transfer_of(decision, measured.first_byte_ms)
         if usage is not None and usage.completion_tokens is not None and usage.completion_tokens > 1:
             steps_ms = measured.last_byte_ms - measured.first_byte_ms
             self.of(engine).step.learn((1.0, seen.batch), steps_ms / (usage.completion_tokens - 1))
@@ -194,19 +207,32 @@ class Models:
         else:
             model.first_byte.learn(x, ms)
 
-    def _transfer_of(self, decision: Decision, ms: float) -> None:
+    def _supplied(self, decision: Decision, source: EngineId, ms: float) -> None:
+        """Such an answer tells of the transfer, or of how fast the source computes, if little else was waited for."""
         tokens = None if decision.choice is None else decision.choice.transfer_tokens
-        until_first_byte_ms = sum(decision.terms.get(name, 0.0) for name in UNTIL_FIRST_BYTE)
-        expected_ms = decision.terms.get("transfer_ms", 0.0)
-        if tokens is None or expected_ms < TRANSFER_SHARE * until_first_byte_ms:
+        if tokens is not None and _share(decision, "transfer_ms") >= SHARE:
+            rest_ms = _expected_ms(decision) - decision.terms["transfer_ms"]
+            self._transfer.learn((1.0, tokens), max(ms - rest_ms, LEAST_MS))
             return
-        self._transfer.learn((1.0, tokens), max(ms - (until_first_byte_ms - expected_ms), LEAST_MS))
+        seen, prefilled = decision.source_seen, decision.source_until is None
+        if seen is not None and prefilled and _share(decision, *NOT_OF_THE_SOURCE) < SHARE:
+            rest_ms = sum(decision.terms.get(name, 0.0) for name in NOT_OF_THE_SOURCE)
+            self._first_byte(source, first_byte_of(seen, None), max(ms - rest_ms, LEAST_MS))
 
     def _note_traffic(self, prompt_tokens: int, cached_tokens: int | None, output_tokens: int | None) -> None:
         if output_tokens:
             self.output_tokens += SLOW_WEIGHT * (min(output_tokens, MOST_TOKENS) - self.output_tokens)
         if cached_tokens is not None and prompt_tokens > 0:
             self.reuse += SLOW_WEIGHT * (min(cached_tokens / prompt_tokens, 1.0) - self.reuse)
+
+
+def _expected_ms(decision: Decision) -> float:
+    return sum(decision.terms.get(name, 0.0) for name in UNTIL_FIRST_BYTE)
+
+
+def _share(decision: Decision, *names: str) -> float:
+    """What these terms are of all that was expected until the first byte."""
+    return sum(decision.terms.get(name, 0.0) for name in names) / max(_expected_ms(decision), LEAST_MS)
 
 
 def first_byte_of(seen: Seen, cached_tokens: int | None) -> tuple[float, ...]:

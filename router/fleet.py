@@ -276,6 +276,7 @@ class Fleet:
             RateColumns.packed(rates),
             self.models.output_tokens,
             self.models.reuse,
+            self.models.new_tokens,
         )
 
     def place(self, request: str, decision: Decision, chunks: Chunks) -> None:
@@ -285,7 +286,7 @@ class Fleet:
         for engine_id, prefill_tokens in decision.prefill_tokens.items():
             engine = self.membership.get(engine_id)
             if engine is not None:
-                engine.place(request, Placed(now_ms, prefill_tokens))
+                engine.place(request, Placed(now_ms, prefill_tokens, decision.new_tokens(engine_id)))
         self.traffic.placed(request, decision, now_ms)
         self.health.asked(decision.destination, request)
 

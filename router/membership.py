@@ -51,7 +51,7 @@ Standing = Literal["unknown", "current", "former"]
 
 FORMER_EPOCHS_KEPT: Final = 64
 
-LOAD_COLUMNS: Final = 8
+LOAD_COLUMNS: Final = 9
 _ROW: Final = struct.Struct(f"{LOAD_COLUMNS}d")
 
 MOST: Final = 1e9
@@ -60,10 +60,14 @@ MOST: Final = 1e9
 
 @dataclass
 class Placed:
-    """A request this router sent to an engine that may not be in the engine's own load report yet."""
+    """A request this router sent to an engine that may not be in the engine's own load report yet.
+
+    The engine is to compute `prefill_tokens` of its prompt, and needs blocks for `new_tokens`.
+    """
 
     at_ms: float
     prefill_tokens: int
+    new_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -96,7 +100,8 @@ class Engine:
     stock: Stock | None = None
     requests_ahead: int = 0
     tokens_ahead: int = 0
-    """Requests, and prompt tokens to prefill, that it has to do, including what it has not reported yet."""
+    unplaced_ahead: int = 0
+    """Requests, prompt tokens to prefill and those without a block, including what it has not reported yet."""
     stamp: bytes | None = None
     """What `usage.Unasked` has learnt from its streams."""
     takes_stream_options: bool = True
@@ -128,6 +133,7 @@ class Engine:
         self.unreported[request] = placed
         self.requests_ahead += 1
         self.tokens_ahead += placed.prefill_tokens
+        self.unplaced_ahead += placed.new_tokens
         self._write_row()
 
     def answering(self, request: str) -> None:
@@ -144,6 +150,7 @@ class Engine:
         if placed is not None:
             self.requests_ahead -= 1
             self.tokens_ahead -= placed.prefill_tokens
+            self.unplaced_ahead -= placed.new_tokens
             self._write_row()
 
     def line_up(self, requests: int, tokens: int) -> None:
@@ -159,6 +166,8 @@ class Engine:
         self.load, self.load_at_ms, self.unreported = load, now_ms, still
         self.requests_ahead = load.running + load.waiting + load.waiting_for_kv + len(still)
         self.tokens_ahead = load.prefill_tokens + sum(placed.prefill_tokens for placed in still.values())
+        unplaced = load.prefill_tokens if load.unplaced_tokens is None else load.unplaced_tokens
+        self.unplaced_ahead = unplaced + sum(placed.new_tokens for placed in still.values())
         self.cached_blocks = cached_blocks
         self._write_row()
 
@@ -179,6 +188,7 @@ class Engine:
             self.cached_blocks,
             load.step_ms,
             max(self.requests_ahead - load.waiting, 0),
+            self.unplaced_ahead,
         )
         if self.entry is not None:
             self.entry.write_load(self.row)
@@ -186,7 +196,7 @@ class Engine:
 
 def plausible(load: Load) -> Load:
     """The load with every number between 0 and what an engine can have; what is no number counts as 0."""
-    told = {name: getattr(load, name) for name in load.__struct_fields__}
+    told = {name: value for name in load.__struct_fields__ if (value := getattr(load, name)) is not None}
     kept = {name: type(value)(min(max(value, 0), MOST)) if math.isfinite(value) else 0 for name, value in told.items()}
     return load if kept == told else msgspec.structs.replace(load, **kept)
 

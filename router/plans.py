@@ -28,21 +28,25 @@ FETCHED: Final = 2
 class Ask(NamedTuple):
     """What of a request its prices depend on, and of traffic as a whole; in tokens, but for the share `reuse`.
 
-    Whoever is to supply KV supplies `least` at least.
+    Whoever is to supply KV supplies `least` at least. Of a prompt `new` are computed on average; `crowd` prompts are
+    ahead of a request, averaged over those who compute.
     """
 
     prompt: float
     output: float
     reuse: float
     least: float
+    new: float
+    crowd: float
 
 
 class Party(NamedTuple):
     """What one engine, or each of all, brings into a plan.
 
     Of the prompt it has `cached` tokens and lacks `own`; `held` it could give away at once, and `given` are as many.
-    `spared` is 1 for who is not to compute what it lacks, since others are there for that. `source_memory_ms` is
-    for prefilling only, `more_ms` the terms of others and `chance_ms` what makes equals differ.
+    `spared` is 1 for who is not to compute what it lacks, since others are there for that. There, `decoding` requests
+    decode and `ahead` prompts are ahead. `source_memory_ms` is for prefilling only, `more_ms` the terms of others and
+    `chance_ms` what makes equals differ.
     """
 
     own: Column
@@ -50,7 +54,8 @@ class Party(NamedTuple):
     held: Column
     given: Column
     spared: Column
-    batch: Column
+    decoding: Column
+    ahead: Column
     queue_ms: Milliseconds
     join_ms: Milliseconds
     prefill_ms: Milliseconds
@@ -80,10 +85,12 @@ class Terms(NamedTuple):
     """What a plan costs, in milliseconds. A term that a kind of plan does not have is 0."""
 
     queue_ms: Milliseconds
+    join_ms: Milliseconds
     prefill_ms: Milliseconds
     reload_ms: Milliseconds
     transfer_ms: Milliseconds
     cold_ms: Milliseconds
+    congestion_ms: Milliseconds
     prefill_interference_ms: Milliseconds
     decode_ms: Milliseconds
     decode_interference_ms: Milliseconds
@@ -111,7 +118,8 @@ def party(
         held=held,
         given=held,
         spared=roster.helped * (own >= ask.least),
-        batch=loads.batch,
+        decoding=loads.batch * roster.decodes,
+        ahead=loads.tokens / ask.new,
         queue_ms=costs.queue_ms(loads, rates),
         join_ms=costs.join_ms(loads, rates),
         prefill_ms=costs.prefill_ms(own, cached, rates.token_ms, rates.context_ms),
@@ -132,15 +140,17 @@ def party(
 
 
 @usable_in_kernels
-def alone(at: Party) -> Terms:
+def alone(ask: Ask, at: Party) -> Terms:
     """An engine that does everything."""
     return Terms(
         queue_ms=at.queue_ms,
+        join_ms=0.0 * at.own,
         prefill_ms=at.prefill_ms,
         reload_ms=at.reload_ms,
         transfer_ms=0.0 * at.own,
         cold_ms=at.cold_ms,
-        prefill_interference_ms=costs.prefill_interference_ms(at.prefill_ms, at.batch),
+        congestion_ms=costs.congestion_ms(at.prefill_ms, at.ahead, ask.crowd),
+        prefill_interference_ms=costs.prefill_interference_ms(at.prefill_ms, at.decoding),
         decode_ms=at.decode_ms,
         decode_interference_ms=at.decode_interference_ms,
         memory_ms=at.memory_ms,
@@ -149,15 +159,17 @@ def alone(at: Party) -> Terms:
 
 
 @usable_in_kernels
-def prefilled(at: Party, source: Party) -> Terms:
+def prefilled(ask: Ask, at: Party, source: Party) -> Terms:
     """The source computes what it lacks of the prompt, and the destination reads it all."""
     return Terms(
-        queue_ms=source.queue_ms + at.join_ms,
+        queue_ms=source.queue_ms,
+        join_ms=at.join_ms,
         prefill_ms=source.prefill_ms,
         reload_ms=source.reload_ms,
         transfer_ms=costs.transfer_ms(at.own, source.prefill_ms, at.transfer_ms, at.transfer_token_ms),
-        cold_ms=0.0 * at.own,
-        prefill_interference_ms=costs.prefill_interference_ms(source.prefill_ms, source.batch),
+        cold_ms=source.cold_ms,
+        congestion_ms=costs.congestion_ms(source.prefill_ms, source.ahead, ask.crowd),
+        prefill_interference_ms=costs.prefill_interference_ms(source.prefill_ms, source.decoding),
         decode_ms=at.decode_ms,
         decode_interference_ms=at.decode_interference_ms,
         memory_ms=at.memory_ms + source.source_memory_ms,
@@ -172,11 +184,13 @@ def fetched(ask: Ask, at: Party, source: Party) -> Terms:
     prefill_ms = costs.prefill_ms(ask.prompt - source.held, source.held, at.token_ms, at.context_ms)
     return Terms(
         queue_ms=at.queue_ms,
+        join_ms=0.0 * at.own,
         prefill_ms=prefill_ms,
         reload_ms=0.0 * at.own,
         transfer_ms=np.maximum(arrives_ms - at.queue_ms, 0.0),
         cold_ms=at.cold_ms,
-        prefill_interference_ms=costs.prefill_interference_ms(prefill_ms, at.batch),
+        congestion_ms=costs.congestion_ms(prefill_ms, at.ahead, ask.crowd),
+        prefill_interference_ms=costs.prefill_interference_ms(prefill_ms, at.decoding),
         decode_ms=at.decode_ms,
         decode_interference_ms=at.decode_interference_ms,
         memory_ms=at.memory_ms,
@@ -186,7 +200,7 @@ def fetched(ask: Ask, at: Party, source: Party) -> Terms:
 
 @usable_in_kernels
 def pair_ms(kind: int, ask: Ask, at: Party, source: Party) -> Milliseconds:
-    terms = prefilled(at, source) if kind == PREFILLED else fetched(ask, at, source)
+    terms = prefilled(ask, at, source) if kind == PREFILLED else fetched(ask, at, source)
     total: Milliseconds = sum(terms) + at.more_ms + (at.chance_ms + source.chance_ms)
     return total
 
@@ -223,7 +237,9 @@ class Asked:
         if self.facts.output_tokens is not None:
             output = min(output, self.facts.output_tokens)
         prompt = float(max(self.facts.prompt_tokens, 1))
-        return Ask(prompt, float(output), float(candidates.reuse), float(self.min_remote_tokens))
+        new = float(max(candidates.new_tokens, 1))
+        crowd = float(candidates.loads.tokens @ candidates.roster.computing) / new
+        return Ask(prompt, float(output), float(candidates.reuse), float(self.min_remote_tokens), new, crowd)
 
     @property
     def parties(self) -> Party:
@@ -258,7 +274,7 @@ def priced(asked: Asked) -> Iterator[tuple[list[Plan], Milliseconds]]:
     roster, parties = asked.candidates.roster, asked.parties
     let_through = np.ones(len(parties.own), bool) if asked.allowed is None else asked.allowed
     eligible = [place for place in roster.decoders.tolist() if let_through[place] and not parties.spared[place]]
-    prices = sum(alone(parties)) + parties.more_ms + parties.chance_ms
+    prices = sum(alone(asked.ask, parties)) + parties.more_ms + parties.chance_ms
     yield [Plan(ALONE, place, place) for place in eligible], prices[eligible]
     for remotes in roster.remotes:
         down, across = remotes.decoders[let_through[remotes.decoders]], remotes.everyone
@@ -282,7 +298,7 @@ class Prices(Mapping[str, Milliseconds]):
 
     @cached_property
     def _terms(self) -> Mapping[str, Milliseconds]:
-        return {**alone(self._asked.parties)._asdict(), **self._asked.more}
+        return {**alone(self._asked.ask, self._asked.parties)._asdict(), **self._asked.more}
 
     def __getitem__(self, name: str) -> Milliseconds:
         return self._terms[name]

@@ -140,6 +140,8 @@ def _cheapest(
     output: float,
     reuse: float,
     least: float,
+    new: float,
+    crowd: float,
     roster: Any,
     loads: Any,
     rates: Any,
@@ -157,11 +159,11 @@ def _cheapest(
     terms: Numbers,
 ) -> tuple[int, int, int]:
     """The kind of the plan, NOBODY if there is none; the destination; the source."""
-    ask = Ask(prompt, output, reuse, least)
+    ask = Ask(prompt, output, reuse, least, new, crowd)
     prunable = _note_parties(
         ask, parties, fields, roster, loads, rates, prefix_blocks, offloaded_blocks, chance_ms, more_ms
     )
-    best_ms, kind, at, source = _best_alone(parties, decoders, allowed)
+    best_ms, kind, at, source = _best_alone(ask, parties, decoders, allowed)
     for first in range(0, len(starts) - 1, 3):
         for each in (PREFILLED, FETCHED):
             begin, end = starts[first + each], starts[first + each + 1]
@@ -171,9 +173,9 @@ def _cheapest(
             if pair.at != NOBODY and (pair.ms < best_ms or kind == NOBODY):
                 best_ms, kind, at, source = pair.ms, each, pair.at, pair.source
     if kind == ALONE:
-        _note(terms, alone(parties[at]))
+        _note(terms, alone(ask, parties[at]))
     elif kind == PREFILLED:
-        _note(terms, prefilled(parties[at], parties[source]))
+        _note(terms, prefilled(ask, parties[at], parties[source]))
     elif kind == FETCHED:
         _note(terms, fetched(ask, parties[at], parties[source]))
     return kind, at, source
@@ -217,13 +219,13 @@ def _let_through(into: Places, places: Places, allowed: Any) -> Places:
 
 
 @compiled
-def _best_alone(parties: Any, decoders: Places, allowed: Any) -> tuple[float, int, int, int]:
+def _best_alone(ask: Ask, parties: Any, decoders: Places, allowed: Any) -> tuple[float, int, int, int]:
     best_ms, best = np.inf, NOBODY
     for i in range(len(decoders)):
         at = parties[decoders[i]]
         if at.spared > 0 or (len(allowed) and not allowed[decoders[i]]):
             continue
-        ms: float = sum(alone(at)) + at.more_ms + at.chance_ms
+        ms: float = sum(alone(ask, at)) + at.more_ms + at.chance_ms
         if ms < best_ms or best == NOBODY:
             best = decoders[i]
         if ms < best_ms:

@@ -68,7 +68,11 @@ class EngineInfo(Record, frozen=True):
 
 
 class Load(Record, frozen=True):
-    """How busy an engine is. Counts are of this instant; `step_ms` is a moving average of steps with compute."""
+    """How busy an engine is. Counts are of this instant; `step_ms` is a moving average of steps with compute.
+
+    `prefill_tokens` of prompts are to be computed here; `unplaced_tokens` have no block yet, whoever computes them, as
+    many as are to be computed if it is None.
+    """
 
     running: int = 0
     waiting: int = 0
@@ -79,6 +83,7 @@ class Load(Record, frozen=True):
     step_ms: float = 0.0
     orders_placed: int = 0
     orders_served: int = 0
+    unplaced_tokens: int | None = None
 
 
 class Held(Record, frozen=True):

@@ -100,6 +100,31 @@ def test_an_engine_without_blocks_to_give_is_waited_for_only_if_need_be() -> Non
     assert choose(4000, packed_full).terms["blocks_ms"] > 0
 
 
+def test_requests_that_wait_for_blocks_are_before_those_that_come_later() -> None:
+    """Two decode as many and have as many blocks left, which on one of them are already spoken for."""
+    row = Row("d", "decode", load=Load(running=20, free_blocks=300, unplaced_tokens=0))
+    queued = replace(row, name="queued", load=Load(running=20, free_blocks=300, unplaced_tokens=12_000))
+    assert choose(4000, queued, row, Row("p", "prefill")).destination == "d"
+    assert choose(4000, queued, Row("p", "prefill")).terms["blocks_ms"] > 0
+
+
+def test_who_will_come_counts_so_that_a_prompt_goes_where_little_of_it_is_computed() -> None:
+    """Though its own first token comes later there."""
+    short = Row("short", load=busy(prefill_tokens=1000))
+    long = Row("long", prefix=200, load=busy(prefill_tokens=4500), stock=True)
+    decision = choose(4000, short, long)
+    assert decision.destination == "long" and decision.choice is not None
+    own_ms = decision.choice.prices["queue_ms"] + decision.choice.prices["prefill_ms"]
+    assert own_ms[0] < own_ms[1]
+    assert choose(4000, Row("idle")).terms["congestion_ms"] == 0
+
+
+def test_prompts_on_an_engine_that_only_prefills_do_not_stand_still() -> None:
+    rows = [Row("d", "decode"), Row("p", "prefill", load=busy(30))]
+    assert choose(4000, *rows).terms["prefill_interference_ms"] == 0
+    assert choose(4000, Row("b", load=busy(30))).terms["prefill_interference_ms"] > 0
+
+
 def test_what_is_offloaded_costs_more_than_what_is_on_the_gpu_and_less_than_what_is_not_cached() -> None:
     gpu, cpu, none = Row("gpu", prefix=200), Row("cpu", prefix=200, offloaded=200), Row("none")
     assert choose(4000, gpu, cpu).destination == "gpu"
@@ -214,7 +239,7 @@ def every_plan_ms(rows: Sequence[Row], tokens: int) -> float:
 
 def alone_ms(at: Candidates, place: int, tokens: int) -> float:
     found = one(at, place, tokens)
-    computes = found["queue"] + found["prefill"] * (1 + found["batch"]) + found["reload"] + found["cold"]
+    computes = found["queue"] + found["prefill"] * found["stalls"] + found["reload"] + found["cold"]
     return computes + found["stays"]
 
 
@@ -233,8 +258,11 @@ def one(at: Candidates, d: int, tokens: int) -> dict[str, float]:
         return min(max(new / 16 - empty, 0), load["free_blocks"] - empty) * 16 * r.token_ms * at.reuse
 
     used = max(blocks - load["free_blocks"], 1)
-    missing = min(max((own + output) / 16 - load["free_blocks"], 0), used)
-    full = decode * missing / used if load["running"] else 0
+    missing = max((own + output + load["unplaced"]) / 16 - load["free_blocks"], 0)
+    full = decode * missing / used if batch else 0
+    computing = [place for place in range(len(at)) if not at.roster.helped[place]]
+    crowd = sum(float(at.loads.tokens[place]) for place in computing) / max(len(computing), 1) / at.new_tokens
+    decoding = batch if d in at.roster.decoders else 0
     return {
         "join": join,
         "queue": join + r.token_ms * load["tokens"] + r.waiting_ms * load["waiting"],
@@ -242,7 +270,7 @@ def one(at: Candidates, d: int, tokens: int) -> dict[str, float]:
         "reload": float(at.offloaded_blocks[d]) * 16 * r.reload_token_ms,
         "stays": decode + output * r.step_running_ms * batch + memory(own + output) + full,
         "supplies_memory": memory(own),
-        "batch": batch,
+        "stalls": 1 + decoding + crowd * load["tokens"] / at.new_tokens,
         "own": own,
         "cached": cached,
         "cold": r.cold_ms,
@@ -258,12 +286,12 @@ def pair_ms(
     if rows[s].role == "prefill" and mine["own"] >= 256:
         tail = min(mine["own"], 2048) * r.transfer_token_ms
         transfer = r.transfer_ms + max(tail, mine["own"] * r.transfer_token_ms - theirs["prefill"])
-        supplies = theirs["queue"] + theirs["prefill"] * (1 + theirs["batch"]) + theirs["reload"]
+        supplies = theirs["queue"] + theirs["prefill"] * theirs["stalls"] + theirs["reload"] + theirs["cold"]
         prefilled = mine["stays"] + mine["join"] + transfer + supplies + theirs["supplies_memory"]
     held = min(rows[s].prefix - rows[s].offloaded, (tokens - 1) // 16) * 16
     if held - mine["cached"] >= 256 and not (helped and tokens - held >= 256):
         arrives = theirs["queue"] + r.transfer_ms + (held - mine["cached"]) * r.transfer_token_ms
-        rest = (tokens - held) * (r.token_ms + r.context_ms * (held + tokens) / 2000) * (1 + mine["batch"])
+        rest = (tokens - held) * (r.token_ms + r.context_ms * (held + tokens) / 2000) * mine["stalls"]
         fetched = max(mine["queue"], arrives) + rest + mine["stays"] + mine["cold"]
     return prefilled, fetched
 

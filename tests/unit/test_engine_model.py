@@ -3,6 +3,7 @@
 import math
 import random
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -118,6 +119,38 @@ def test_transfers_are_learned_where_they_are_much_of_what_is_waited_for() -> No
     hidden = Decision(B, A, 0, 0, 4000, terms | {"prefill_ms": 900.0}, choice=Choice(0, 1, None, 1.0), seen=seen)
     models.answered(hidden, Measured(9999, 9999, True, None))
     assert models.rates(A).transfer_token_ms == pytest.approx(0.05, rel=0.1)
+
+
+def test_how_fast_a_source_computes_is_learned_from_who_waited_for_little_else() -> None:
+    models, rng = Models(), random.Random(0)
+    for _ in range(200):
+        tokens = rng.uniform(200, 8000)
+        seen = Seen(0, 0, 0, tokens, 0)
+        terms = {"queue_ms": 10.0, "prefill_ms": 0.1 * tokens, "transfer_ms": 3.0, "blocks_ms": 0.0}
+        made = Decision(B, A, 0, 0, int(tokens), terms, choice=Choice(0, 1, None, 100.0), seen=seen, source_seen=seen)
+        models.answered(made, Measured(13 + 0.3 * tokens, 9999, True, None))
+        stuck = replace(made, terms=terms | {"blocks_ms": 2000.0})
+        models.answered(stuck, Measured(50_000, 60_000, True, None))
+        fetched = replace(made, source_until=100)
+        models.answered(fetched, Measured(50_000, 60_000, True, None))
+    assert models.rates(A).token_ms == pytest.approx(0.3, rel=0.1)
+    assert models.of(B).first_byte.measured == 0
+
+
+def test_answers_that_waited_for_blocks_do_not_say_how_fast_an_engine_computes() -> None:
+    models, seen = Models(), Seen(0, 0, 0, 1000, 0)
+    terms = {"queue_ms": 10.0, "prefill_ms": 100.0, "blocks_ms": 90.0}
+    for _ in range(20):
+        models.answered(replace(decision(A, seen), terms=terms), Measured(9000, 9999, True, None))
+    assert models.of(A).first_byte.measured == 0
+
+
+def test_how_much_of_prompts_is_computed_is_learned() -> None:
+    models, seen = Models(), Seen(0, 0, 0, 4000, 0)
+    for _ in range(400):
+        made = decision(A, seen, prefill_tokens={B: 100, A: 200})
+        models.answered(made, Measured(9, 99, True, None))
+    assert models.new_tokens == pytest.approx(300, rel=0.05)
 
 
 def test_answers_that_are_no_streams_do_not_say_when_they_began() -> None:

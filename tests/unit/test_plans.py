@@ -151,7 +151,11 @@ def test_the_terms_of_what_is_found_are_those_of_the_plain_formulas(fleet: Fleet
         return
     parties, plan = question.parties, plan_of(choice)
     at, source = (plans.Party(*(column[[place]] for column in parties)) for place in (plan.destination, plan.source))
-    plain = (plans.alone(at), plans.prefilled(at, source), plans.fetched(question.ask, at, source))[plan.kind]
+    plain = (
+        plans.alone(question.ask, at),
+        plans.prefilled(question.ask, at, source),
+        plans.fetched(question.ask, at, source),
+    )[plan.kind]
     for name, column in plain._asdict().items():
         assert choice.terms[name] == pytest.approx(float(column[0]), rel=1e-9, abs=1e-9, nan_ok=True)
     waited_for = (None, np.minimum(at.own, CHUNK_TOKENS), source.held - at.cached)[plan.kind]

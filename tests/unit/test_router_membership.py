@@ -124,6 +124,22 @@ def test_ahead_is_what_the_engine_reports_and_what_it_does_not_know_of_yet(membe
     assert (engine.requests_ahead, engine.tokens_ahead) == (2, 47)
 
 
+def test_blocks_are_wanted_for_what_waits_and_for_what_is_not_reported_yet(members: Membership) -> None:
+    engine = members.get(A)
+    assert engine is not None
+    engine.place("early", Placed(5, 0, 100))
+    members.reported(A, Load(prefill_tokens=7, unplaced_tokens=20), 10)
+    assert engine.unplaced_ahead == 120
+    engine.place("late", Placed(15, 0, 30))
+    engine.ended("early")
+    assert engine.unplaced_ahead == 50
+    members.reported(A, Load(prefill_tokens=7), 20)
+    members.reported(A, Load(prefill_tokens=7), 30)
+    assert engine.unplaced_ahead == 7
+    members.reported(A, Load(unplaced_tokens=-5), 40)
+    assert engine.unplaced_ahead == 0
+
+
 def test_the_version_is_another_after_every_change_of_who_is_there_and_how(members: Membership) -> None:
     versions = [members.version]
     for change in (

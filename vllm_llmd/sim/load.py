@@ -11,6 +11,7 @@ def load_of(model: Scheduler, orders_placed: int, orders_served: int) -> Load:
         waiting=len(model.waiting),
         waiting_for_kv=len(model.parked),
         prefill_tokens=model.prefill_tokens,
+        unplaced_tokens=model.unplaced_tokens,
         free_blocks=model.pool.free,
         step_ms=model.step_ms,
         orders_placed=orders_placed,

@@ -68,7 +68,13 @@ class Scheduler:
 
     @property
     def prefill_tokens(self) -> int:
-        """Prompt tokens of all requests that are still to be computed here."""
+        """Prompt tokens of all requests that are still to be computed here: others supply what they are asked for."""
+        here = (each for each in self.waiting if each.source is None or each.asked)
+        return sum(max(each.prompt_tokens - each.computed, 0) for each in (*self.running, *here))
+
+    @property
+    def unplaced_tokens(self) -> int:
+        """Prompt tokens of all requests that have no block yet, whoever computes them."""
         return sum(max(each.prompt_tokens - each.computed, 0) for each in (*self.running, *self.waiting))
 
     def submit(self, request: SimRequest, now_ms: float) -> None:
