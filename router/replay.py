@@ -213,9 +213,9 @@ class Prices:
         """Of one plan, whoever has chosen it; what is no number counts as nothing."""
         at = self._party(choice.destination)
         if choice.source is None:
-            terms = alone(at)
+            terms = alone(self._ask, at)
         elif choice.until is None:
-            terms = prefilled(at, self._party(choice.source))
+            terms = prefilled(self._ask, at, self._party(choice.source))
         else:
             until = np.array(float(choice.until))
             terms = fetched(self._ask, at, self._party(choice.source)._replace(held=until, given=until))
