@@ -119,7 +119,7 @@ def _take(engine: Engine, told: "dict[str, float]") -> None:
     counts = {name: int(load[name]) for name in ("running", "waiting", "free_blocks")}
     engine.load = Load(**counts, step_ms=load["step_ms"])
     engine.requests_ahead, engine.tokens_ahead = int(load["requests"]), int(load["tokens"])
-    engine.cached_blocks = int(load["cached_blocks"])
+    engine.unplaced_ahead, engine.cached_blocks = int(load["unplaced"]), int(load["cached_blocks"])
     engine.row = Engine(
         engine.info,
         engine.state,
@@ -127,6 +127,7 @@ def _take(engine: Engine, told: "dict[str, float]") -> None:
         load=engine.load,
         requests_ahead=engine.requests_ahead,
         tokens_ahead=engine.tokens_ahead,
+        unplaced_ahead=engine.unplaced_ahead,
         cached_blocks=engine.cached_blocks,
     ).row
     engine.rates = packed(Rates(**{name: told[f"rate.{name}"] for name in RATES if f"rate.{name}" in told}))
