@@ -18,7 +18,7 @@ import numpy as np
 
 from vllm_llmd import wire
 from vllm_llmd.names import EngineId, Epoch, Role
-from vllm_llmd.router import policies
+from vllm_llmd.router import plans_cpu, policies
 from vllm_llmd.router.candidates import Candidates
 from vllm_llmd.router.decide import decide
 from vllm_llmd.router.fleet import Fleet
@@ -64,6 +64,7 @@ def cached_somewhere(candidates: Candidates) -> Candidates:
 
 
 def main() -> int:
+    plans_cpu.compile_ahead()
     both: list[Role] = ["both"] * ENGINES
     split: list[Role] = ["prefill", "decode"] * (ENGINES // 2)
     for shape, roles in (("both", both), ("split", split)):
