@@ -180,7 +180,7 @@ def prefilled(ask: Ask, at: Party, source: Party) -> Terms:
 @usable_in_kernels
 def fetched(ask: Ask, at: Party, source: Party) -> Terms:
     """The destination reads what the source has, and computes the rest of the prompt."""
-    arrives_ms = source.queue_ms + at.transfer_ms + (source.given - at.cached) * at.transfer_token_ms
+    arrives_ms = source.queue_ms + at.transfer_ms + np.maximum(source.given - at.cached, 0.0) * at.transfer_token_ms
     prefill_ms = costs.prefill_ms(ask.prompt - source.held, source.held, at.token_ms, at.context_ms)
     return Terms(
         queue_ms=at.queue_ms,

@@ -69,6 +69,7 @@ PURE = (
     "router/prospects.py",
     "router/rosters.py",
     "router/selector.py",
+    "router/pairs_cpu.py",
     "router/plans.py",
     "router/plans_cpu.py",
     "router/policy.py",

@@ -162,6 +162,18 @@ def test_the_terms_of_what_is_found_are_those_of_the_plain_formulas(fleet: Fleet
     assert choice.transfer_tokens == (None if waited_for is None else waited_for[0])
 
 
+@pytest.mark.parametrize("roles", [("both",), ("prefill", "decode")])
+@pytest.mark.parametrize("cached", ["nothing", "anything", "one", "alike"])
+def test_among_more_engines_than_can_all_be_paired_one_is_found_that_is_as_good(
+    roles: tuple[Role, ...], cached: str
+) -> None:
+    for seed in range(3):
+        question = replace(asked(Fleet(700, roles, 1, 0.0, True, cached, 9000, seed)), min_remote_tokens=0, more={})
+        choice = SEARCH.cheapest(question)
+        prices = {plan: ms for some, of in plans.priced(question) for plan, ms in zip(some, of.tolist(), strict=True)}
+        assert choice is not None and prices[plan_of(choice)] == pytest.approx(min(prices.values()), rel=1e-3)
+
+
 def test_a_search_among_hundreds_of_engines_agrees_with_one_that_prices_all_pairs() -> None:
     for seed, cached in enumerate(("nothing", "anything", "one", "alike") * 3):
         for roles in (("both",), ("prefill", "decode")):
