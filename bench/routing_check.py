@@ -32,17 +32,17 @@ WITHIN: Final = 0.2
 
 TYPICAL: Final = Fitted(
     Speeds(
-        step_ms=12.0,
-        prefill_us_per_token=480.0,
-        prefill_us_per_token_per_1k_context=100.0,
-        decode_us_per_sequence=4000.0,
-        decode_us_per_1k_context=2000.0,
-        kv_bytes_per_token=46_080,
+        step_ms=20.0,
+        prefill_us_per_token=230.0,
+        prefill_us_per_token_per_1k_context=50.0,
+        decode_us_per_sequence=1000.0,
+        decode_us_per_1k_context=500.0,
+        kv_bytes_per_token=23_040,
         transfer_gb_per_s=TRANSFER_GB_PER_S,
     ),
     overhead_ms=15.0,
 )
-TYPICAL_UNIT_MS: Final = 550.0
+TYPICAL_UNIT_MS: Final = 300.0
 """About what SmolLM2 takes on one core of a server of today."""
 
 
@@ -155,10 +155,10 @@ def simulated(results: Results, fit: Fitted) -> SimulateSettings:
 
 
 def kv_bytes(model: Path) -> int:
-    """Per token, in float32, of a model directory."""
+    """Per token, in bfloat16, of a model directory."""
     config: dict[str, Any] = json.loads((model / "config.json").read_text())
     head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    return int(2 * config["num_hidden_layers"] * config["num_key_value_heads"] * head * 4)
+    return int(2 * config["num_hidden_layers"] * config["num_key_value_heads"] * head * 2)
 
 
 def table(found: Sequence[Checked], fit: Fitted) -> str:

@@ -25,7 +25,7 @@ from vllm_llmd.launch_spec import HOST, EngineSpec, FleetSpec, engine_argv, engi
 
 STEP_TOKENS: Final = 512
 ENGINE_FLAGS: Final = (
-    *("--served-model-name", MODEL_NAME, "--dtype", "float32", "--block-size", str(BLOCK_TOKENS)),
+    *("--served-model-name", MODEL_NAME, "--dtype", "bfloat16", "--block-size", str(BLOCK_TOKENS)),
     *(
         "--max-model-len",
         "4096",

@@ -47,19 +47,19 @@ class Workload:
         return sum(len(each.turns) for each in self.conversations)
 
 
-SYSTEMS: Final = 16
-SYSTEM_TOKENS: Final = 1500
+SYSTEMS: Final = 12
+SYSTEM_TOKENS: Final = 2000
 
 
 def shared(seed: int, scale: float) -> Workload:
-    """Any of 16 system prompts of 1,500 tokens, a short question, a short answer; 8 clients that never pause.
+    """Any of 12 system prompts of 2,000 tokens, a short question, a short answer; 8 clients that never pause.
 
     A closed loop: with more to do than round robin can, what is measured is how much an arm can do.
     """
     rng = random.Random(f"shared {seed}")
     systems = _texts(rng, SYSTEMS, SYSTEM_TOKENS)
     conversations = [
-        Conversation(rng.choice(systems), (Turn(text(rng, rng.randint(30, 60)), 8),)) for _ in range(round(128 * scale))
+        Conversation(rng.choice(systems), (Turn(text(rng, rng.randint(30, 60)), 8),)) for _ in range(round(160 * scale))
     ]
     return Workload("shared", tuple(conversations), clients=8)
 
@@ -93,7 +93,7 @@ def mixed(seed: int, scale: float) -> Workload:
 
 
 def bursts(seed: int, scale: float) -> Workload:
-    """Every 5 units, 16 requests within a quarter of a unit about the same one of 16 texts of 1,500 tokens.
+    """Every 5 units, 16 requests within a quarter of a unit about the same one of 12 texts of 2,000 tokens.
 
     The second most wanted of these is half as frequent as the first, and so on (Zipf). So agents fan out, and so
     crowds come.

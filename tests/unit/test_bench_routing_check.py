@@ -130,7 +130,7 @@ def test_the_simulator_is_compared_with_every_arm_that_it_has(tmp_path: Path) ->
     (tmp_path / "config.json").write_text(
         '{"num_hidden_layers": 30, "num_key_value_heads": 3, "hidden_size": 576, "num_attention_heads": 9}'
     )
-    assert kv_bytes(tmp_path) == 46_080
+    assert kv_bytes(tmp_path) == 23_040
     settings = Settings(
         model=str(tmp_path),
         engines=2,
