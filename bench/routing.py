@@ -131,6 +131,8 @@ def run(results: Results, args: argparse.Namespace) -> list[str]:
         say(f"1,000 tokens of prefill take {now_ms:.0f} ms; a unit is {results.unit_ms:.0f} ms")
         results.probes = results.probes or routing_client.run(probes(running))
         desk = Desk(results, running, Places(args.vllm_router, link, args.log_dir))
+        with front(OURS, running, desk.places) as router:  # compiles what the router has compiled, once
+            routing_client.run(held(router.http, desk.unit_s, warm_up(WARM_UP_REQUESTS)))
         return measure_all(desk, args.out, began_s + args.minutes * 60)
 
 
