@@ -38,8 +38,10 @@ RATES: Final = RateColumns.ROW.names or ()
 COLUMNS: Final = (*(f"load.{name}" for name in LOADS), *(f"rate.{name}" for name in RATES))
 """What of an engine's load and speed is told, in this order, as float64."""
 
-FACTS: Final = tuple(each.name for each in fields(Facts) if each.name not in ("tokens", "seed", "text", "salt"))
-"""What is told of a request, where it is a number, a name or yes or no."""
+UNTOLD: Final = ("tokens", "seed", "text", "salt", "selector")
+"""What of a request is private, or has had its effect: who is no candidate for its labels is not in the roster."""
+FACTS: Final = tuple(each.name for each in fields(Facts) if each.name not in UNTOLD)
+"""What is told of it: numbers, names, yes or no."""
 SCALARS: Final = tuple(each.name for each in fields(Candidates) if each.type in (float, "float"))
 
 PREFIXES: Final = ("prefix_blocks", "offloaded_blocks", "claimed_blocks")
@@ -179,7 +181,7 @@ class Writer:
                     id=record.id,
                     at_s=record.at_s,
                     roster=known.number,
-                    facts=_told_facts(made.facts),
+                    facts={name: getattr(made.facts, name) for name in FACTS},
                     chunks=self._masked(names_of(made)).tobytes(),
                     chunk_bytes=made.chunks.chunk_bytes,
                     text_bytes=len(made.facts.text),
@@ -245,11 +247,6 @@ def rows_of(candidates: Candidates) -> Rows:
     loads = candidates.loads.rows.view(np.float64).reshape(-1, len(LOADS))
     rates = candidates.rates.rows.view(np.float64).reshape(-1, len(RATES))
     return np.concatenate([loads, rates], axis=1)
-
-
-def _told_facts(facts: Facts) -> dict[str, Any]:
-    told = ((name, getattr(facts, name)) for name in FACTS)
-    return {name: value for name, value in told if isinstance(value, str | int | float)}
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
