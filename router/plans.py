@@ -221,13 +221,12 @@ def barred(kind: int, ask: Ask, at: Party, source: Party) -> Mask:
 class Asked:
     """What is to be priced: `more` are terms of a destination, `chance_ms` makes equals differ.
 
-    Filters bar all but `allowed`. Whoever is to supply KV supplies `min_remote_tokens` at least.
+    Whoever is to supply KV supplies `min_remote_tokens` at least.
     """
 
     facts: Facts
     candidates: Candidates
     more: Mapping[str, Milliseconds]
-    allowed: Mask | None
     chance_ms: Milliseconds
     min_remote_tokens: int
 
@@ -272,12 +271,11 @@ def cheapest(asked: Asked) -> Plan | None:
 def priced(asked: Asked) -> Iterator[tuple[list[Plan], Milliseconds]]:
     """All plans of one kind, and what each costs, kind by kind."""
     roster, parties = asked.candidates.roster, asked.parties
-    let_through = np.ones(len(parties.own), bool) if asked.allowed is None else asked.allowed
-    eligible = [place for place in roster.decoders.tolist() if let_through[place] and not parties.spared[place]]
+    eligible = [place for place in roster.decoders.tolist() if not parties.spared[place]]
     prices = sum(alone(asked.ask, parties)) + parties.more_ms + parties.chance_ms
     yield [Plan(ALONE, place, place) for place in eligible], prices[eligible]
     for remotes in roster.remotes:
-        down, across = remotes.decoders[let_through[remotes.decoders]], remotes.everyone
+        down, across = remotes.decoders, remotes.everyone
         for kind, sources in (PREFILLED, remotes.prefillers), (FETCHED, across):
             at, source = _at(parties, down[:, None]), _at(parties, sources[None, :])
             out = barred(kind, asked.ask, at, source) | (down[:, None] == sources)

@@ -33,9 +33,6 @@ compiled = compiled_with(__file__, pairs_cpu.__file__, plans.__file__, costs.__f
 PARTY_ROW: Final = np.dtype([(name, np.float64) for name in Party._fields])
 OWN, CACHED, HELD = (Party._fields.index(name) for name in ("own", "cached", "held"))
 
-EVERYONE: Final = np.empty(0, np.bool_)
-"""Stands for everyone being allowed."""
-
 NOTHING: Final = np.empty(0)
 """Stands for no terms of others."""
 
@@ -65,7 +62,7 @@ class Search:
             self._scratch = _scratch(len(of))
         places, starts = roster.parted
         kind, at, source = _cheapest(
-            *asked.ask,
+            tuple(asked.ask),  # a tuple without names is passed in a third of the time
             roster.rows,
             of.loads.rows,
             of.rates.rows,
@@ -76,7 +73,6 @@ class Search:
             roster.decoders,
             places,
             starts,
-            EVERYONE if asked.allowed is None else np.ascontiguousarray(asked.allowed, np.bool_),
             self._scratch.parties,
             self._scratch.fields,
             self._scratch.places,
@@ -110,17 +106,12 @@ def compile_ahead() -> None:
     nobody = Roster.of([], None)
     none = np.zeros(0, np.int64)
     candidates = Candidates(nobody, none, none, none, Loads.of([]), RateColumns.of([]))
-    Search().cheapest(Asked(Facts("", None, b"", b"", 1, None), candidates, {}, None, np.zeros(0), 1))
+    Search().cheapest(Asked(Facts("", None, b"", b"", 1, None), candidates, {}, np.zeros(0), 1))
 
 
 @compiled
 def _cheapest(
-    prompt: float,
-    output: float,
-    reuse: float,
-    least: float,
-    new: float,
-    crowd: float,
+    asked: Any,
     roster: Any,
     loads: Any,
     rates: Any,
@@ -131,23 +122,22 @@ def _cheapest(
     decoders: Places,
     remotes: Places,
     starts: Any,
-    allowed: Any,
     parties: Any,
     fields: Numbers,
     places: Places,
     terms: Numbers,
 ) -> tuple[int, int, int]:
     """The kind of the plan, NOBODY if there is none; the destination; the source."""
-    ask = Ask(prompt, output, reuse, least, new, crowd)
+    ask = Ask(*asked)
     prunable = _note_parties(
         ask, parties, fields, roster, loads, rates, prefix_blocks, offloaded_blocks, chance_ms, more_ms
     )
-    best_ms, kind, at, source = _best_alone(ask, parties, decoders, allowed)
+    best_ms, kind, at, source = _best_alone(ask, parties, decoders)
     for first in range(0, len(starts) - 1, 3):
         for each in (PREFILLED, FETCHED):
             begin, end = starts[first + each], starts[first + each + 1]
-            downs = _let_through(places[0], remotes[starts[first] : starts[first + 1]], allowed)
-            across = _let_through(places[1], remotes[begin:end], EVERYONE)
+            downs = _copied(remotes[starts[first] : starts[first + 1]], places[0])
+            across = _copied(remotes[begin:end], places[1])
             pair = best_pair(each, ask, parties, fields, downs, across, best_ms, prunable)
             if pair.at != NOBODY and (pair.ms < best_ms or kind == NOBODY):
                 best_ms, kind, at, source = pair.ms, each, pair.at, pair.source
@@ -187,22 +177,19 @@ def _note_parties(
 
 
 @compiled
-def _let_through(into: Places, places: Places, allowed: Any) -> Places:
-    """Those of the places that are allowed, written to `into`."""
-    count = 0
+def _copied(places: Places, into: Places) -> Places:
+    """To be left with fewer and fewer of them."""
     for i in range(len(places)):
-        if len(allowed) == 0 or allowed[places[i]]:
-            into[count] = places[i]
-            count += 1
-    return into[:count]
+        into[i] = places[i]
+    return into[: len(places)]
 
 
 @compiled
-def _best_alone(ask: Ask, parties: Any, decoders: Places, allowed: Any) -> tuple[float, int, int, int]:
+def _best_alone(ask: Ask, parties: Any, decoders: Places) -> tuple[float, int, int, int]:
     best_ms, best = np.inf, NOBODY
     for i in range(len(decoders)):
         at = parties[decoders[i]]
-        if at.spared > 0 or (len(allowed) and not allowed[decoders[i]]):
+        if at.spared > 0:
             continue
         ms: float = sum(alone(ask, at)) + at.more_ms + at.chance_ms
         if ms < best_ms or best == NOBODY:

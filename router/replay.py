@@ -205,7 +205,7 @@ class Prices:
     """What plans for one request cost, as the policy `cost` reckons, without terms of other packages."""
 
     def __init__(self, facts: Facts, candidates: Candidates, min_remote_tokens: int) -> None:
-        asked = Asked(facts, candidates, {}, None, np.zeros(len(candidates)), min_remote_tokens)
+        asked = Asked(facts, candidates, {}, np.zeros(len(candidates)), min_remote_tokens)
         self._ask = asked.ask
         self._parties = asked.parties
 

@@ -42,7 +42,7 @@ class Cost:
             return None
         more = {f"{name}_ms": _usable(term(facts, candidates)) for name, term in self._terms.items()}
         chance_ms = self._chances.ms(len(candidates))
-        return self._search.cheapest(Asked(facts, candidates, more, None, chance_ms, self._min_remote_tokens))
+        return self._search.cheapest(Asked(facts, candidates, more, chance_ms, self._min_remote_tokens))
 
 
 class Chances:

@@ -97,8 +97,7 @@ def asked(fleet: Fleet) -> Asked:
     at = candidates(fleet, rng)
     facts = Facts("m", array("I"), b"", b"", fleet.prompt, None)
     more = {"far_ms": rng.normal(0, 100, fleet.engines)} if rng.random() < 0.3 else {}
-    allowed = rng.random(fleet.engines) < 0.7 if rng.random() < 0.3 else None
-    return Asked(facts, at, more, allowed, 1e-6 * rng.random(fleet.engines), int(rng.choice([0, 1, 256])))
+    return Asked(facts, at, more, 1e-6 * rng.random(fleet.engines), int(rng.choice([0, 1, 256])))
 
 
 def plan_of(choice: Choice) -> Plan:
@@ -167,11 +166,10 @@ def test_the_terms_of_what_is_found_are_those_of_the_plain_formulas(fleet: Fleet
 def test_among_more_engines_than_can_all_be_paired_one_is_found_that_is_as_good(
     roles: tuple[Role, ...], cached: str
 ) -> None:
-    for seed in range(3):
-        question = replace(asked(Fleet(700, roles, 1, 0.0, True, cached, 9000, seed)), min_remote_tokens=0, more={})
-        choice = SEARCH.cheapest(question)
-        prices = {plan: ms for some, of in plans.priced(question) for plan, ms in zip(some, of.tolist(), strict=True)}
-        assert choice is not None and prices[plan_of(choice)] == pytest.approx(min(prices.values()), rel=1e-3)
+    question = replace(asked(Fleet(300, roles, 1, 0.0, True, cached, 9000, 0)), min_remote_tokens=0, more={})
+    choice = SEARCH.cheapest(question)
+    prices = {plan: ms for some, of in plans.priced(question) for plan, ms in zip(some, of.tolist(), strict=True)}
+    assert choice is not None and prices[plan_of(choice)] == pytest.approx(min(prices.values()), rel=1e-3)
 
 
 def test_a_search_among_hundreds_of_engines_agrees_with_one_that_prices_all_pairs() -> None:
