@@ -47,11 +47,11 @@ KEPT_SHARE = 0.9
 
 @dataclass(frozen=True)
 class Run:
-    """What a fleet has shown. `wanted` are the looks at what the router wants, `engines` the mean number there was."""
+    """What a fleet has shown: at every look, what the router `wanted`; and how many engines it `had` until the next."""
 
     good_share: float
     wanted: list[tuple[float, Sizes]]
-    engines: dict[Role, float]
+    had: list[Sizes]
 
     def mean_wanted(self, after_ms: float) -> dict[Role, float]:
         looks = [sizes for at_ms, sizes in self.wanted if at_ms > after_ms]
@@ -81,8 +81,7 @@ class Autoscaled:
         self._events.at(LOOK_MS, self._look, None)
         outcomes = self._simulation.run(requests).outcomes
         good = sum(is_good(outcome, self._slo) for outcome in outcomes)
-        engines = {role: fmean(each[role] for each in self._had) for role in self._ids}
-        return Run(good / len(outcomes), self._looks, engines)
+        return Run(good / len(outcomes), self._looks, self._had)
 
     def _look(self, _: None) -> None:
         now_ms = self._events.now_ms()
@@ -104,14 +103,13 @@ class Autoscaled:
 
 
 class Follow:
-    """What is wanted, times a factor, once engines have started; fewer only when fewer were wanted for a while."""
+    """What is wanted, once engines have started; fewer only when fewer were wanted for a while."""
 
-    def __init__(self, first: Sizes, factor: float) -> None:
-        self._factor = factor
+    def __init__(self, first: Sizes) -> None:
         self._wanted: list[tuple[float, Sizes]] = [(-STABLE_MS, first)]
 
     def __call__(self, now_ms: float, wanted: Sizes) -> Sizes:
-        self._wanted.append((now_ms, {role: max(round(self._factor * size), 1) for role, size in wanted.items()}))
+        self._wanted.append((now_ms, wanted))
         at_ms = now_ms - START_MS
         last = [sizes for when_ms, sizes in self._wanted if when_ms <= at_ms][-1]
         lately = [sizes for when_ms, sizes in self._wanted if at_ms - STABLE_MS + START_MS < when_ms <= at_ms]
@@ -161,7 +159,7 @@ def steady(args: argparse.Namespace, first: Sizes, speedup: float) -> dict[str, 
     requests = read(args, speedup, args.minutes * speedup)
     first = {role: round(size * speedup) for role, size in first.items()}
     wanted, run = settled(args, requests, first)
-    less = fixed(args, requests, {role: max(round(0.7 * size), 1) for role, size in wanted.items()})
+    less = fixed(args, requests, {role: max(int(0.7 * size), 1) for role, size in wanted.items()})
     keeps = run.good_share >= KEPT_SHARE
     least = {role: smallest(args, requests, wanted, role, keeps) for role in wanted}
     found = {
@@ -178,22 +176,18 @@ def steady(args: argparse.Namespace, first: Sizes, speedup: float) -> dict[str, 
 
 
 def changing(args: argparse.Namespace, first: Sizes) -> list[dict[str, object]]:
-    """Load that doubles, goes up by half again and falls back, and fleets that follow what is wanted."""
+    """Load that goes up and falls back: a fleet that follows what is wanted, and one of 0.7 times that at any time."""
     say(f"{' and '.join(first)}, at a load that changes")
-    requests = varying(args)
-    most = {role: 8 * size for role, size in first.items()}
-    found = []
-    for factor in (1.0, 0.7):
-        run = Autoscaled(args, most).play(requests, first, Follow(first, factor))
-        found.append(
-            {
-                "roles": list(first),
-                "factor": factor,
-                "good_share": round(run.good_share, 4),
-                "engines": {role: round(size, 2) for role, size in run.engines.items()},
-                "most_wanted": {role: max(sizes[role] for _, sizes in run.wanted) for role in first},
-            }
-        )
+    requests, most = varying(args), {role: 8 * size for role, size in first.items()}
+    followed = Autoscaled(args, most).play(requests, first, Follow(first))
+    fewer = iter([{role: max(int(0.7 * size), 1) for role, size in each.items()} for each in followed.had])
+    less = Autoscaled(args, most).play(requests, next(fewer), lambda *_: next(fewer))
+    found: list[dict[str, object]] = []
+    for name, run in (("wanted", followed), ("0.7 of that", less)):
+        engines = {role: round(fmean(each[role] for each in run.had), 2) for role in first}
+        largest = {role: max(each[role] for each in run.had) for role in first}
+        told = {"roles": list(first), "fleet": name, "good_share": round(run.good_share, 4)}
+        found.append({**told, "mean_engines": engines, "most_engines": largest})
         say(f"  {json.dumps(found[-1])}")
     return found
 

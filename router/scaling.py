@@ -250,7 +250,7 @@ def _gamma_beyond(limit: Column, mean: Column, variance: Column) -> Column:
     mean, variance = np.maximum(mean, TINY), np.where(certain, 1.0, variance)
     shape = np.maximum(mean * (mean / variance), TINY)
     normal = (np.cbrt(np.minimum(limit, HUGE) / mean) - 1 + 1 / (9 * shape)) * 3 * np.sqrt(shape)
-    beyond = np.array([0.5 * math.erfc(each / math.sqrt(2)) for each in normal])
+    beyond = 0.5 * np.array(list(map(math.erfc, (normal / math.sqrt(2)).tolist())))
     return np.where(certain, np.where(limit < mean, 1.0, 0.0), beyond)
 
 
