@@ -51,6 +51,7 @@ class Plan:
             "requests_per_s": round(self.requests_per_s, 3),
             "prefill_tokens_per_s": round(self.prefill_tokens_per_s, 1),
             "output_tokens_per_s": round(self.output_tokens_per_s, 1),
+            "sequences": round(wanted.sequences, 2),
             "prefill_load": round(self.demand.prefill_load, 3),
         }
 

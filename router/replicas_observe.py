@@ -27,6 +27,7 @@ class ReplicasCollector(Collector):
             _family("vllm_llmd_demand_requests_per_second", "Requests that the pool is asked for"),
             _family("vllm_llmd_demand_prefill_tokens_per_second", "Prompt tokens that it has to compute"),
             _family("vllm_llmd_demand_output_tokens_per_second", "Tokens of answers that it is asked for"),
+            _family("vllm_llmd_demand_sequences", "Answers under way at a time with the desired replicas"),
             _family("vllm_llmd_demand_prefill_load", "Engines that computing prompts alone keeps busy"),
         ]
         bounds = _family("vllm_llmd_desired_replicas_bound", "1 for what decides the desired replicas", "bound")
@@ -41,6 +42,7 @@ class ReplicasCollector(Collector):
                 plan.requests_per_s,
                 plan.prefill_tokens_per_s,
                 plan.output_tokens_per_s,
+                plan.desired.sequences,
                 plan.demand.prefill_load,
             )
             for family, figure in zip(of_pool, figures, strict=True):

@@ -6,7 +6,7 @@ still while a prompt is computed, and hold blocks meanwhile. docs/decisions/0023
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final, Literal
 
 import numpy as np
@@ -112,11 +112,13 @@ class Desired:
     misses: Misses = Misses()
     wait_ms: float = 0.0
     """Mean time for which prompts wait."""
+    sequences: float = 0.0
+    """Answers that are being made at a time."""
 
 
 def desired(demand: Demand, ability: Ability, goal: Goal) -> Desired:
     """The fewest engines that keep the objectives, within the goal's bounds. What is asked and known must be finite."""
-    best = misses(MOST, demand, ability)
+    best = misses(1, replace(demand, prefills_per_ms=0.0, answers_per_ms=0.0), ability)
     allowed = max(goal.missing, best.all + SPARED * goal.missing)
 
     def enough(engines: int) -> bool:
@@ -135,7 +137,15 @@ def desired(demand: Demand, ability: Ability, goal: Goal) -> Desired:
         wanted, bound = goal.most, "max"
     wait = waiting(wanted, demand)
     mean_ms = goal.horizon_ms if wait is None else wait.share * wait.mean_ms
-    return Desired(wanted, bound, misses(wanted, demand, ability), min(mean_ms, goal.horizon_ms))
+    steps = _steps(wanted, demand, ability)
+    sequences = ability.sequences if steps is None and demand.answers_per_ms else steps.batch if steps else 0.0
+    return Desired(
+        wanted,
+        bound,
+        misses(wanted, demand, ability),
+        min(mean_ms, goal.horizon_ms),
+        wanted * min(sequences, ability.sequences),
+    )
 
 
 def misses(engines: int, demand: Demand, ability: Ability) -> Misses:

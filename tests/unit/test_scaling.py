@@ -60,7 +60,7 @@ goals = st.builds(
 def test_what_is_wanted_is_a_number_within_its_bounds(demand: Demand, ability: Ability, goal: Goal) -> None:
     wanted = desired(demand, ability, goal)
     assert goal.least <= wanted.replicas <= goal.most
-    assert math.isfinite(wanted.wait_ms) and wanted.wait_ms >= 0
+    assert all(math.isfinite(each) and each >= 0 for each in (wanted.wait_ms, wanted.sequences))
     assert all(0 <= share <= 1 for share in (wanted.misses.ttft, wanted.misses.tpot, wanted.misses.memory))
 
 
@@ -144,6 +144,12 @@ def test_the_batch_that_keeps_the_time_per_token_says_how_many_decode() -> None:
     wanted = desired(answers(per_s=50.0, tokens=200.0, tpot_ms=30.0), ONE, GOAL)
     assert wanted.bound == "tpot"
     assert wanted.replicas == pytest.approx(10_000 / 1333, abs=1.0)
+
+
+def test_answers_under_way_are_those_that_make_the_tokens_asked_for() -> None:
+    """Two engines, 100 tokens per second each: one step of 10 ms per token and one sequence, as nearly as can be."""
+    wanted = desired(answers(per_s=1.0, tokens=200.0), ONE, replace(GOAL, least=2))
+    assert wanted.sequences == pytest.approx(2.0, rel=0.06)
 
 
 def test_what_has_to_fit_into_caches_says_how_many_decode() -> None:
