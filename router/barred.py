@@ -1,6 +1,6 @@
 """Why an engine was no candidate for a request. Pure; asked only when a decision is explained."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 import numpy as np
@@ -40,6 +40,13 @@ def filtered(policy: Policy, facts: Facts, candidates: Candidates) -> list[Barre
         for name, lets_through in policy.lets_through(facts, candidates).items()
         for place in np.flatnonzero(~lets_through).tolist()
     ]
+
+
+def saturated(candidates: Candidates, is_saturated: Callable[[Engine], bool]) -> list[Barred]:
+    """Candidates that a request does not go to while others have room; none of them where all are saturated."""
+    engines = candidates.roster.engines
+    found = [Barred(engine.info.id, "saturated") for engine in engines if is_saturated(engine)]
+    return found if len(found) < len(engines) else []
 
 
 def _why(fleet: Fleet, engine: Engine, facts: Facts, tried: Collection[EngineId]) -> str:

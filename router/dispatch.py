@@ -11,7 +11,7 @@ from aiohttp import web
 
 from vllm_llmd.names import EngineId
 from vllm_llmd.router import explain, policies, replies, rewrite, upstream
-from vllm_llmd.router.barred import barred, filtered
+from vllm_llmd.router.barred import barred, filtered, saturated
 from vllm_llmd.router.call import Call, Planned, attempt_at
 from vllm_llmd.router.context import Context
 from vllm_llmd.router.decide import Decision, decision_of
@@ -121,8 +121,12 @@ class Dispatcher:
         """The decision becomes one of the latest; a client that has asked why is told."""
         if not call.explain:
             return self._decisions.made(made)
-        others = barred(self._fleet, made.facts, made.candidates, call.tried)
-        why = explain.explanation(made, [*others, *filtered(self._policy, made.facts, made.candidates)])
+        others = (
+            *barred(self._fleet, made.facts, made.candidates, call.tried),
+            *filtered(self._policy, made.facts, made.candidates),
+            *saturated(made.candidates, self._room.is_saturated),
+        )
+        why = explain.explanation(made, others)
         record = self._decisions.made(made, why)
         call.explained = explain.headers(record, why)
         return record

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from vllm_llmd.names import EngineId, Epoch, Role
 from vllm_llmd.router import explain, policies
-from vllm_llmd.router.barred import Barred, barred, filtered
+from vllm_llmd.router.barred import Barred, barred, filtered, saturated
 from vllm_llmd.router.decide import decide
 from vllm_llmd.router.decisions import RECORD_BYTES, Decisions, Made, Outcome, Record
 from vllm_llmd.router.filters import Filtered
@@ -240,6 +240,15 @@ def test_whom_a_filter_keeps_from_decoding_is_told_with_its_name() -> None:
     assert [(each["engine"], each["decodes"]) for each in why.shown()["candidates"]] == [("a", False), ("b", True)]
     assert why.shown()["barred"] == [{"engine": "a", "why": "filter only_b"}]
     assert [engine for engine, _ in why.cheapest(5)] == ["b"]
+
+
+def test_who_is_saturated_is_told_unless_all_are() -> None:
+    fleet = fleet_of("a", "b")
+    one = made(fleet)
+    assert saturated(one.candidates, lambda engine: engine.info.id == "a") == [Barred(EngineId("a"), "saturated")]
+    assert saturated(one.candidates, lambda _: True) == saturated(one.candidates, lambda _: False) == []
+    why = explain.explanation(one, [Barred(EngineId("a"), "saturated")])
+    assert [(each["engine"], each["decodes"]) for each in why.shown()["candidates"]] == [("a", False), ("b", True)]
 
 
 def test_the_summary_tells_the_choice_and_the_cheapest() -> None:
