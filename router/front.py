@@ -131,5 +131,7 @@ async def in_openai_shape(request: web.Request, handler: Handler) -> web.StreamR
     """Turns the errors of the HTTP library (no such path, body too large) into OpenAI's shape."""
     try:
         return await handler(request)
+    except web.HTTPRequestEntityTooLarge as error:
+        return replies.error(413, f"The request body is too large. {error.text}.", "request_too_large")
     except web.HTTPException as error:
         return replies.error(error.status, error.reason)

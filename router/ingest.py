@@ -91,7 +91,7 @@ class Ingest:
         except WireError as error:
             self._complain(sender, type(error).__name__, str(error))
             if isinstance(error, UnknownVersionError):
-                self._post(Reply(sender, wire.Refused(str(error))))
+                self._post(sender, wire.encode(wire.Refused(str(error))))
             return
         self._send(replies)
 
@@ -103,17 +103,21 @@ class Ingest:
             await asyncio.sleep(TICK_S)
 
     def _send(self, replies: Iterable[Reply]) -> None:
+        """A message that goes to many is encoded once, and lies in memory once."""
+        message, frame = None, b""
         for reply in replies:
+            if reply.message is not message:
+                message, frame = reply.message, wire.encode(reply.message)
             if isinstance(reply.message, wire.SnapshotWanted):
                 self._metrics.snapshots_asked.labels(reply.message.reason).inc()
                 log.info("engine %s: asked for a snapshot (%s)", _shown(reply.to), reply.message.reason)
             elif isinstance(reply.message, wire.Refused):
                 self._complain(reply.to, "Refused", reply.message.reason)
-            self._post(reply)
+            self._post(reply.to, frame)
 
-    def _post(self, reply: Reply) -> None:
+    def _post(self, to: Sender, frame: bytes) -> None:
         """Never blocks: what an engine does not read in time is dropped, and it will ask or be asked again."""
-        self._socket.send_multipart([reply.to, wire.encode(reply.message)], zmq.DONTWAIT)
+        self._socket.send_multipart([to, frame], zmq.DONTWAIT, copy=False)
 
     def _complain(self, sender: Sender, kind: str, text: str) -> None:
         self._metrics.wire_errors.labels(kind).inc()
