@@ -132,6 +132,6 @@ async def in_openai_shape(request: web.Request, handler: Handler) -> web.StreamR
     try:
         return await handler(request)
     except web.HTTPRequestEntityTooLarge as error:
-        return replies.error(413, f"The request body is too large. {error.text}.", "request_too_large")
+        return replies.error(413, f"The request body is too large. {error.text}", "request_too_large")
     except web.HTTPException as error:
         return replies.error(error.status, error.reason)
