@@ -21,6 +21,7 @@ from vllm_llmd.router.flow import (
     Shed,
     to_wait,
 )
+from vllm_llmd.router.flow import POOLS as POOLS_MOST
 from vllm_llmd.router.rosters import Wanted
 from vllm_llmd.router.slo import Wish
 
@@ -52,6 +53,14 @@ def drain(queue: Flow) -> list[str]:
 
 def row(tenant: str, count: int, **changes: object) -> list[Item]:
     return [replace(ITEM, id=f"{tenant}{number}", tenant=tenant, **changes) for number in range(count)]
+
+
+@dataclass(frozen=True)
+class Move:
+    """Whoever waits at this place waits for something else from now on."""
+
+    place: int
+    pool: Pool
 
 
 # --- any order of events ------------------------------------------------------------------------------------------
@@ -115,6 +124,13 @@ class Watched:
             assert self.queue.leave(item.id) and not self.queue.leave(item.id)
             self.end(item)
 
+    def move(self, event: Move) -> None:
+        """Its place in the order stays, and nobody pays for it."""
+        if self.waiting:
+            at = event.place % len(self.waiting)
+            self.queue.move(self.waiting[at].id, event.pool)
+            self.waiting[at] = replace(self.waiting[at], pool=event.pool)
+
     def check(self) -> None:
         assert len(self.queue) == len(self.waiting) <= self.limits.requests
         assert self.queue.size_bytes == sum(item.size_bytes for item in self.waiting) <= self.limits.size_bytes
@@ -142,6 +158,7 @@ events = st.lists(
     items
     | st.lists(st.sampled_from(POOLS)).map(tuple)
     | st.floats(0, 30)
+    | st.builds(Move, st.integers(0, 9), st.sampled_from(POOLS))
     | st.integers(0, 9),
     max_size=60,
 )  # fmt: skip
@@ -150,7 +167,7 @@ events = st.lists(
 @settings(deadline=None)
 @given(events, st.integers(0, 6), st.integers(0, 100))
 def test_nobody_is_lost_or_doubled_and_order_and_bounds_hold(
-    happens: list[Item | tuple[Pool, ...] | float | int], requests: int, size_bytes: int
+    happens: list[Item | tuple[Pool, ...] | Move | float | int], requests: int, size_bytes: int
 ) -> None:
     limits = QueueLimits(requests, size_bytes, {"a": 3.0, "b": 0.5})
     watched = Watched(Flow(limits), limits)
@@ -160,6 +177,8 @@ def test_nobody_is_lost_or_doubled_and_order_and_bounds_hold(
                 watched.enter(event)
             case tuple():
                 watched.next(event)
+            case Move():
+                watched.move(event)
             case int():
                 watched.leave(event)
             case float():
@@ -276,6 +295,25 @@ def test_a_pool_without_room_blocks_nobody_else() -> None:
     fill(queue, *row("a", 3, pool=LONG, priority=5), replace(ITEM, id="b", tenant="a", pool=OTHER))
     item = queue.next(lambda pool: pool == OTHER, 0.0)
     assert item is not None and item.id == "b"
+
+
+def test_whoever_waits_for_something_else_keeps_its_tenants_share() -> None:
+    """A tenant that has been sent less than others stays ahead of them, though all that it has moves."""
+    queue = flow()
+    fill(queue, *row("a", 3, tokens=1000), replace(ITEM, id="b", tenant="b", tokens=10))
+    assert [queue.next(always, 0.0).id for _ in range(1)] == ["a0"]  # type: ignore[union-attr]
+    queue.move("b", LONG)
+    queue.move("b", POOL)
+    assert drain(queue) == ["b", "a1", "a2"]
+
+
+def test_no_more_is_waited_for_than_can_be_looked_at() -> None:
+    queue = flow()
+    pools = [Pool(Wanted(f"m{number}"), False) for number in range(POOLS_MOST + 1)]
+    assert not fill(queue, *(replace(ITEM, id=str(at), pool=pool) for at, pool in enumerate(pools[:-1])))
+    [shed] = queue.enter(replace(ITEM, id="last", pool=pools[-1], priority=9))
+    assert (shed.item.id, shed.reason) == ("last", "queue-full")
+    assert not queue.enter(replace(ITEM, id="known", pool=pools[0]))
 
 
 def test_a_full_queue_makes_room_at_its_end() -> None:
