@@ -104,7 +104,7 @@ def route(fleet: Fleet, case: Case, request: str | None = None) -> Decision:
     decision = decide(facts, fleet.candidates(facts, chunks), POLICY)
     assert decision is not None
     if request is not None:
-        fleet.place(request, decision, chunks)
+        fleet.place(request, decision, facts, chunks)
     return decision
 
 

@@ -3,7 +3,7 @@
 A roster is what does not depend on the request; it is made once for as long as the fleet stays the same.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar, Final, Self
@@ -28,9 +28,6 @@ Shape = tuple[int, str | None]
 
 OUTPUT_TOKENS: Final = 128.0
 """Prior for the length of an answer: some paragraphs, the mean of chats in published traces within a factor of two."""
-
-NEW_TOKENS: Final = 1000.0
-"""Prior for how many tokens of a prompt are to be computed: some pages. Matters little until queues are long."""
 
 REUSE: Final = 0.1
 """Prior for the share of cached blocks that are wanted again: most of what is evicted was used once."""
@@ -96,6 +93,20 @@ class Roster:
             remotes=remotes,
             shapes=tuple((shape, np.array(places, np.intp)) for shape, places in shapes.items()),
         )
+
+    @cached_property
+    def place_of(self) -> dict[EngineId, int]:
+        return {engine.info.id: place for place, engine in enumerate(self.engines)}
+
+    def coming(self, tokens: Mapping[EngineId, int], held: Counts) -> Counts | None:
+        """Blocks after those held, of those that will be in caches; None if there are none."""
+        places = [(self.place_of[engine], each) for engine, each in tokens.items() if engine in self.place_of]
+        if not places:
+            return None
+        coming = np.zeros(len(self.engines), np.int64)
+        for place, each in places:
+            coming[place] = max(each // int(self.block_sizes[place]) - int(held[place]), 0)
+        return coming
 
     @cached_property
     def computing(self) -> Column:
@@ -170,7 +181,7 @@ class Loads(Table):
 
     `running` and `waiting` are requests as it has reported them; of its GPU's blocks `free_blocks` are not in use, and
     `cached_blocks` hold something that may be found again. `batch` are requests that run, or will as soon as they
-    arrive; `unplaced` prompt tokens have no block yet.
+    arrive, of which `decoding` have begun to answer; `unplaced` prompt tokens have no block yet.
     """
 
     requests = ColumnOf()
@@ -182,6 +193,7 @@ class Loads(Table):
     step_ms = ColumnOf()
     batch = ColumnOf()
     unplaced = ColumnOf()
+    decoding = ColumnOf()
 
     @classmethod
     def of(cls, engines: Iterable[Engine]) -> "Loads":
@@ -212,10 +224,10 @@ class RateColumns(Table):
 class Candidates:
     """The engines of a roster and what concerns one request: how much of the prompt each has cached, and its load.
 
-    `offloaded_blocks` of the `prefix_blocks` are not on the GPU: they come after the last that is.
+    `offloaded_blocks` of the `prefix_blocks` are not on the GPU: they come after the last that is. The last
+    `coming_blocks` are being computed for others, and nobody can have them yet; None if there are none.
     `prefix_blocks` are as many as are to be counted on, `claimed_blocks` what the index says. Of answers,
-    `output_tokens` are expected; `reuse` is the share of cached blocks that are wanted again, and `new_tokens` are
-    computed of a prompt on average.
+    `output_tokens` are expected; `reuse` is the share of cached blocks that are wanted again.
     """
 
     roster: Roster
@@ -226,10 +238,15 @@ class Candidates:
     rates: RateColumns
     output_tokens: float = OUTPUT_TOKENS
     reuse: float = REUSE
-    new_tokens: float = NEW_TOKENS
+    coming_blocks: Counts | None = None
 
     def __len__(self) -> int:
         return len(self.roster.engines)
+
+    @property
+    def coming(self) -> Counts:
+        """As a column."""
+        return np.zeros_like(self.prefix_blocks) if self.coming_blocks is None else self.coming_blocks
 
     @property
     def prefix_tokens(self) -> Counts:

@@ -15,6 +15,9 @@ from vllm_llmd.router.candidates import Column, Loads, Milliseconds, RateColumns
 CHUNK_TOKENS: Final = 2048
 """What vLLM computes of a prompt in one step at most, unless told otherwise: the last chunk's KV travels after it."""
 
+MOST_REUSE: Final = 0.9
+"""However much is wanted again, what is pushed out pushes out no more than nine times as much."""
+
 
 @usable_in_kernels
 def queue_ms(loads: Loads, rates: RateColumns) -> Milliseconds:
@@ -70,8 +73,9 @@ def prefill_interference_ms(own_prefill_ms: Milliseconds, batch: Column) -> Mill
 def congestion_ms(own_prefill_ms: Milliseconds, ahead: Column, ahead_on_average: float) -> Milliseconds:
     """What computing the prompt takes from those that will come while the queue that it joins lasts.
 
-    In a queue of single server, random arrivals and random work (M/M/1), `ahead_on_average` is utilization over what is
-    left of it, and so many arrive for each that is `ahead` until the queue is empty.
+    `ahead` requests are before it, `ahead_on_average` at all who compute. In a queue of one server, random arrivals and
+    random work (M/M/1) the latter is utilization over what is left of it: as many arrive, for each that is ahead, until
+    the queue is empty.
     """
     found: Milliseconds = own_prefill_ms * ahead * ahead_on_average
     return found
@@ -85,14 +89,14 @@ def decode_interference_ms(output_tokens: float, loads: Loads, rates: RateColumn
 
 
 @usable_in_kernels
-def memory_ms(new_tokens: Column, loads: Loads, roster: Roster, reuse: float, rates: RateColumns) -> Milliseconds:
-    """Blocks that the request would push out of the cache, at what it costs to compute those that are wanted again.
+def memory_ms(new_tokens: Column, reuse: float, rates: RateColumns) -> Milliseconds:
+    """Blocks that the request pushes out of a cache, at what it costs to compute those that are wanted again.
 
-    `reuse` is the share of cached blocks that are.
+    `reuse` is the share of cached blocks that are. To compute those anew pushes others out, and so on. A cache that has
+    room is full sooner or later, so new blocks cost the same there: what somebody else holds is best not held twice.
     """
-    empty = np.minimum(np.maximum(roster.num_blocks - loads.cached_blocks, 0), loads.free_blocks)
-    evicted = np.minimum(np.maximum(new_tokens / roster.block_sizes - empty, 0), loads.free_blocks - empty)
-    found: Milliseconds = evicted * (roster.block_sizes * reuse) * rates.token_ms
+    pushed_out = reuse / (1.0 - min(reuse, MOST_REUSE))
+    found: Milliseconds = new_tokens * pushed_out * rates.token_ms
     return found
 
 

@@ -159,7 +159,7 @@ class Dispatcher:
     async def _attempt(self, call: Call, decision: Decision, outcome: Outcome) -> web.StreamResponse | Failure:
         engine = self._fleet.membership.get(decision.destination)
         assert engine is not None and self._session is not None
-        self._fleet.place(call.id, decision, call.chunks)
+        self._fleet.place(call.id, decision, call.facts, call.chunks)
         sent = self._feedback.sending(call, engine, decision, outcome)
         asking = call.asking if engine.takes_stream_options else None
         try:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Final, Literal
 
 from vllm_llmd.names import EngineId
-from vllm_llmd.router.candidates import NEW_TOKENS, OUTPUT_TOKENS, REUSE
+from vllm_llmd.router.candidates import OUTPUT_TOKENS, REUSE
 from vllm_llmd.router.decide import Decision
 from vllm_llmd.router.least_squares import LeastSquares
 from vllm_llmd.router.rates import PRIOR, Rates
@@ -39,7 +39,11 @@ WORST: Final = 5.0
 """An error of more, as a natural logarithm, counts as so much: one answer that hung does not decide for long."""
 
 SLOW_WEIGHT: Final = 1 / 64
-"""Of the newest answer in what is true of traffic as a whole."""
+"""Of the newest answer in what is true of traffic as a whole, once enough have come."""
+
+PRIOR_COUNT: Final = 4
+PROMPT_TOKENS: Final = 1000
+"""Answers that a prior is worth, and tokens of their prompts: any real ones are better than a guess."""
 
 COLD_WEIGHT: Final = 1 / 4
 """Of the newest engine's first answer in what being cold costs: engines join too rarely for more to be gathered."""
@@ -131,7 +135,9 @@ class Models:
         self._cold_ms = PRIOR.cold_ms
         self.output_tokens = OUTPUT_TOKENS
         self.reuse = REUSE
-        self.new_tokens = NEW_TOKENS
+        self._answers = PRIOR_COUNT
+        self._asked_tokens = float(PRIOR_COUNT * PROMPT_TOKENS)
+        self._found_tokens = REUSE * self._asked_tokens
 
     def of(self, engine: EngineId) -> EngineModel:
         """The engine's; a new one if it has none."""
@@ -184,9 +190,6 @@ class Models:
         cached_tokens = None if usage is None or decision.source is not None else usage.cached_tokens
         if usage is not None:
             self._note_traffic(usage.prompt_tokens, cached_tokens, usage.completion_tokens)
-        if decision.prefill_tokens:
-            new_tokens = min(sum(decision.prefill_tokens.values()), MOST_TOKENS)
-            self.new_tokens += SLOW_WEIGHT * (new_tokens - self.new_tokens)
         if seen is None or not measured.is_stream:
             return
         if decision.source is not None:
@@ -221,9 +224,14 @@ class Models:
 
     def _note_traffic(self, prompt_tokens: int, cached_tokens: int | None, output_tokens: int | None) -> None:
         if output_tokens:
-            self.output_tokens += SLOW_WEIGHT * (min(output_tokens, MOST_TOKENS) - self.output_tokens)
+            self._answers += 1
+            weight = max(1 / self._answers, SLOW_WEIGHT)
+            self.output_tokens += weight * (min(output_tokens, MOST_TOKENS) - self.output_tokens)
         if cached_tokens is not None and prompt_tokens > 0:
-            self.reuse += SLOW_WEIGHT * (min(cached_tokens / prompt_tokens, 1.0) - self.reuse)
+            kept = 1 - SLOW_WEIGHT
+            self._asked_tokens = kept * self._asked_tokens + min(prompt_tokens, MOST_TOKENS)
+            self._found_tokens = kept * self._found_tokens + min(cached_tokens, prompt_tokens, MOST_TOKENS)
+            self.reuse = self._found_tokens / self._asked_tokens
 
 
 def _expected_ms(decision: Decision) -> float:

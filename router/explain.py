@@ -124,6 +124,7 @@ def _columns(candidates: Candidates) -> dict[str, Column]:
     tokens = {
         "cached_tokens": candidates.prefix_blocks * sizes,
         "offloaded_tokens": candidates.offloaded_blocks * sizes,
+        "coming_tokens": candidates.coming * sizes,
         "claimed_tokens": candidates.claimed_blocks * sizes,
     }
     load = {name: np.nan_to_num(getattr(candidates.loads, column)) for name, column in LOADS.items()}

@@ -34,6 +34,7 @@ from vllm_llmd.router.settings import RouterSettings
 from vllm_llmd.router.text_index import Chunks, TextIndex
 from vllm_llmd.router.traffic import Traffic
 from vllm_llmd.router.truth import By, Error, Prediction, Truth
+from vllm_llmd.router.under_way import UnderWay
 from vllm_llmd.router.usage import Usage
 
 Sender = bytes
@@ -85,6 +86,7 @@ class Fleet:
         self.stock_suspects: set[EngineId] = set()
         """Stock engines whose events are to be followed from an empty cache on: predictions from them are wrong."""
         self.sessions = Sessions()
+        self.under_way = UnderWay()
         self.texts = TextIndex(settings.text_chunks)
         self.truth = Truth()
         self.agreement = Agreement()
@@ -272,27 +274,30 @@ class Fleet:
         offloaded = np.zeros_like(on_gpu) if believed is on_gpu else np.maximum(believed - on_gpu, 0)
         if session is not None:
             believed = self.sessions.supposed(session, roster, facts.prompt_tokens, believed)
+        coming = roster.coming(self.under_way.tokens(facts, chunks), believed)
         loads, rates = self.membership.ledger.read(roster.entries)
         return Candidates(
             roster,
-            believed,
+            believed if coming is None else believed + coming,
             offloaded,
             prefix_blocks,
             Loads.packed(loads),
             RateColumns.packed(rates),
             self.models.output_tokens,
             self.models.reuse,
-            self.models.new_tokens,
+            coming,
         )
 
-    def place(self, request: str, decision: Decision, chunks: Chunks) -> None:
-        """Counts a decision until the engines report it, and waits for the prompt's blocks to learn from."""
+    def place(self, request: str, decision: Decision, facts: Facts, chunks: Chunks) -> None:
+        """Counts a decision until the request has ended, and waits for the prompt's blocks to learn from."""
         self.texts.forwarded(request, chunks)
+        self.under_way.began(request, facts, chunks, tuple(decision.prefill_tokens))
         now_ms = self._clock.now_ms()
         for engine_id, prefill_tokens in decision.prefill_tokens.items():
             engine = self.membership.get(engine_id)
             if engine is not None:
-                engine.place(request, Placed(now_ms, prefill_tokens, decision.new_tokens(engine_id)))
+                supplies = engine_id == decision.source
+                engine.place(request, Placed(now_ms, prefill_tokens, decision.new_tokens(engine_id), supplies))
         self.traffic.placed(request, decision, now_ms)
         self.health.asked(decision.destination, request)
 
@@ -316,7 +321,10 @@ class Fleet:
         """The answer has begun: the prompt is computed."""
         self.traffic.answering(request, self._clock.now_ms())
         for engine in self._parties(decision):
-            engine.answering(request)
+            if engine.info.id == decision.source:
+                engine.ended(request)
+            else:
+                engine.answering(request)
 
     def answered(self, request: str, decision: Decision, measured: Measured) -> None:
         """The answer has come: how long it took teaches how fast the engines are. To be told before `done`."""
@@ -329,6 +337,7 @@ class Fleet:
     def done(self, request: str, decision: Decision) -> None:
         """The request has ended, well or not."""
         self.traffic.done(request)
+        self.under_way.ended(request)
         self.health.ended(decision.destination, request)
         for engine in self._parties(decision):
             engine.ended(request)

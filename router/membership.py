@@ -51,7 +51,7 @@ Standing = Literal["unknown", "current", "former"]
 
 FORMER_EPOCHS_KEPT: Final = 64
 
-LOAD_COLUMNS: Final = 9
+LOAD_COLUMNS: Final = 10
 _ROW: Final = struct.Struct(f"{LOAD_COLUMNS}d")
 
 MOST: Final = 1e9
@@ -62,12 +62,14 @@ MOST: Final = 1e9
 class Placed:
     """A request this router sent to an engine that may not be in the engine's own load report yet.
 
-    The engine is to compute `prefill_tokens` of its prompt, and needs blocks for `new_tokens`.
+    The engine is to compute `prefill_tokens` of its prompt, and needs blocks for `new_tokens`. One that `supplies` gets
+    the request from its destination, whenever that has blocks for it.
     """
 
     at_ms: float
     prefill_tokens: int
     new_tokens: int = 0
+    supplies: bool = False
 
 
 @dataclass(frozen=True)
@@ -98,14 +100,17 @@ class Engine:
     leaving: bool = False
     """The engine itself says that it is about to go."""
     stock: Stock | None = None
-    requests_ahead: int = 0
-    tokens_ahead: int = 0
+    other_requests: int = 0
+    other_tokens: int = 0
+    """Requests, and prompt tokens to prefill, that come from elsewhere: reported, or soon to be."""
     unplaced_ahead: int = 0
-    """Requests, prompt tokens to prefill and those without a block, including what it has not reported yet."""
+    """Prompt tokens without a block, including what it has not reported yet."""
     stamp: bytes | None = None
     """What `usage.Unasked` has learnt from its streams."""
     takes_stream_options: bool = True
     occupancy: Occupancy = field(default_factory=Occupancy)
+    own: Occupancy = field(default_factory=Occupancy)
+    """All requests that this router has in flight here; and those among them that it has sent here itself."""
     line_requests: int = 0
     line_tokens: int = 0
     """Requests that wait in this router for it to have room, and prompt tokens that it would compute for them."""
@@ -120,6 +125,16 @@ class Engine:
         self.rated(self.rates)
 
     @property
+    def requests_ahead(self) -> int:
+        """All that it has to do: this router knows at once what has come of its own, and of others by the report."""
+        return len(self.own) + self.other_requests
+
+    @property
+    def tokens_ahead(self) -> int:
+        """Prompt tokens to prefill, likewise."""
+        return self.own.tokens + self.other_tokens
+
+    @property
     def draining(self) -> bool:
         """Whether it finishes what it has and gets nothing new."""
         return self.drained or self.leaving
@@ -131,8 +146,11 @@ class Engine:
         self.occupancy.reported(self.load_at_ms)
         self.occupancy.sent(request, placed.prefill_tokens)
         self.unreported[request] = placed
-        self.requests_ahead += 1
-        self.tokens_ahead += placed.prefill_tokens
+        if placed.supplies:
+            self.other_requests += 1
+            self.other_tokens += placed.prefill_tokens
+        else:
+            self.own.sent(request, placed.prefill_tokens)
         self.unplaced_ahead += placed.new_tokens
         self._write_row()
 
@@ -140,18 +158,21 @@ class Engine:
         """The request's answer has begun."""
         self.occupancy.reported(self.load_at_ms)
         self.occupancy.answering(request)
+        self.own.answering(request)
+        self._write_row()
 
     def ended(self, request: str) -> None:
         """The request is over, reported or not."""
         self.serving.discard(request)
         self.occupancy.reported(self.load_at_ms)
         self.occupancy.ended(request)
+        self.own.ended(request)
         placed = self.unreported.pop(request, None)
         if placed is not None:
-            self.requests_ahead -= 1
-            self.tokens_ahead -= placed.prefill_tokens
             self.unplaced_ahead -= placed.new_tokens
-            self._write_row()
+            self.other_requests -= placed.supplies
+            self.other_tokens -= placed.prefill_tokens * placed.supplies
+        self._write_row()
 
     def line_up(self, requests: int, tokens: int) -> None:
         """So many more wait in this router for it, or fewer: who comes later comes after them."""
@@ -164,8 +185,10 @@ class Engine:
         load = plausible(load)
         still = {request: placed for request, placed in self.unreported.items() if placed.at_ms > self.load_at_ms}
         self.load, self.load_at_ms, self.unreported = load, now_ms, still
-        self.requests_ahead = load.running + load.waiting + load.waiting_for_kv + len(still)
-        self.tokens_ahead = load.prefill_tokens + sum(placed.prefill_tokens for placed in still.values())
+        others = max(load.running + load.waiting + load.waiting_for_kv - len(self.own), 0)
+        other_tokens = max(load.prefill_tokens - self.own.tokens, 0) if others or not len(self.own) else 0
+        self.other_requests = others + sum(placed.supplies for placed in still.values())
+        self.other_tokens = other_tokens + sum(each.prefill_tokens for each in still.values() if each.supplies)
         unplaced = load.prefill_tokens if load.unplaced_tokens is None else load.unplaced_tokens
         self.unplaced_ahead = unplaced + sum(placed.new_tokens for placed in still.values())
         self.cached_blocks = cached_blocks
@@ -179,16 +202,18 @@ class Engine:
 
     def _write_row(self) -> None:
         load = self.load
+        waiting = min(load.waiting, self.other_requests)
         self.row = _ROW.pack(
             self.requests_ahead + self.line_requests,
             self.tokens_ahead + self.line_tokens,
             load.running,
-            load.waiting + self.line_requests,
+            waiting + self.line_requests,
             load.free_blocks,
             self.cached_blocks,
             load.step_ms,
-            max(self.requests_ahead - load.waiting, 0),
+            self.requests_ahead - waiting,
             self.unplaced_ahead,
+            self.own.answering_requests + self.other_requests - waiting,
         )
         if self.entry is not None:
             self.entry.write_load(self.row)

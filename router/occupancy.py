@@ -5,16 +5,18 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Occupancy:
-    """`tokens` are prompt tokens to compute for requests that have not begun to answer.
+    """`tokens` are prompt tokens to compute for requests that have not begun to answer; `answering_requests` have.
 
     `newer_requests` and `newer_tokens` are by how much that has changed since the engine's report of `report_ms`.
     """
 
     tokens: int = 0
+    answering_requests: int = 0
     newer_requests: int = 0
     newer_tokens: int = 0
     report_ms: float = 0.0
-    _prefills: dict[str, int] = field(default_factory=dict)
+    _prefills: dict[str, int | None] = field(default_factory=dict)
+    """What each has to compute; None once it answers."""
 
     def __len__(self) -> int:
         """Requests in flight."""
@@ -34,15 +36,21 @@ class Occupancy:
 
     def answering(self, request: str) -> None:
         """Its answer has begun: the prompt is computed."""
-        if request in self._prefills:
-            self._count(-self._prefills[request])
-            self._prefills[request] = 0
+        prefill_tokens = self._prefills.get(request)
+        if prefill_tokens is not None:
+            self._count(-prefill_tokens)
+            self._prefills[request] = None
+            self.answering_requests += 1
 
     def ended(self, request: str) -> None:
         """It is over, well or not. Counts once."""
-        prefill_tokens = self._prefills.pop(request, None)
-        if prefill_tokens is not None:
-            self.newer_requests -= 1
+        if request not in self._prefills:
+            return
+        prefill_tokens = self._prefills.pop(request)
+        self.newer_requests -= 1
+        if prefill_tokens is None:
+            self.answering_requests -= 1
+        else:
             self._count(-prefill_tokens)
 
     def _count(self, tokens: int) -> None:

@@ -28,15 +28,13 @@ FETCHED: Final = 2
 class Ask(NamedTuple):
     """What of a request its prices depend on, and of traffic as a whole; in tokens, but for the share `reuse`.
 
-    Whoever is to supply KV supplies `least` at least. Of a prompt `new` are computed on average; `crowd` prompts are
-    ahead of a request, averaged over those who compute.
+    Whoever is to supply KV supplies `least` at least. `crowd` requests do not answer yet, averaged over who computes.
     """
 
     prompt: float
     output: float
     reuse: float
     least: float
-    new: float
     crowd: float
 
 
@@ -45,8 +43,8 @@ class Party(NamedTuple):
 
     Of the prompt it has `cached` tokens and lacks `own`; `held` it could give away at once, and `given` are as many.
     `spared` is 1 for who is not to compute what it lacks, since others are there for that. There, `decoding` requests
-    decode and `ahead` prompts are ahead. `source_memory_ms` is for prefilling only, `more_ms` the terms of others and
-    `chance_ms` what makes equals differ.
+    decode and `ahead` others are to be computed. `source_memory_ms` is for prefilling only, `more_ms` the terms of
+    others and `chance_ms` what makes equals differ.
     """
 
     own: Column
@@ -103,23 +101,30 @@ class Terms(NamedTuple):
 
 @usable_in_kernels
 def party(
-    ask: Ask, roster: Roster, loads: Loads, rates: RateColumns, prefix_blocks: Column, offloaded_blocks: Column
+    ask: Ask,
+    roster: Roster,
+    loads: Loads,
+    rates: RateColumns,
+    prefix_blocks: Column,
+    offloaded_blocks: Column,
+    coming_blocks: Column,
 ) -> Party:
     """Without `more_ms` and `chance_ms`."""
     sizes = roster.block_sizes
     cached = np.minimum(prefix_blocks * sizes, ask.prompt - 1)
     own = ask.prompt - cached
-    held = np.minimum(prefix_blocks - offloaded_blocks, np.floor((ask.prompt - 1) / sizes)) * sizes
+    held = np.minimum(prefix_blocks - offloaded_blocks - coming_blocks, np.floor((ask.prompt - 1) / sizes)) * sizes
     new_tokens = own + ask.output
     decode_ms = costs.decode_ms(ask.output, loads, rates)
+    decoding, ahead = loads.decoding * roster.decodes, np.maximum(loads.requests - loads.decoding, 0.0)
     return Party(
         own=own,
         cached=cached,
         held=held,
         given=held,
         spared=roster.helped * (own >= ask.least),
-        decoding=loads.batch * roster.decodes,
-        ahead=loads.tokens / ask.new,
+        decoding=decoding,
+        ahead=ahead,
         queue_ms=costs.queue_ms(loads, rates),
         join_ms=costs.join_ms(loads, rates),
         prefill_ms=costs.prefill_ms(own, cached, rates.token_ms, rates.context_ms),
@@ -127,8 +132,8 @@ def party(
         cold_ms=rates.cold_ms,
         decode_ms=decode_ms,
         decode_interference_ms=costs.decode_interference_ms(ask.output, loads, rates),
-        memory_ms=costs.memory_ms(new_tokens, loads, roster, ask.reuse, rates),
-        source_memory_ms=costs.memory_ms(own, loads, roster, ask.reuse, rates),
+        memory_ms=costs.memory_ms(new_tokens, ask.reuse, rates),
+        source_memory_ms=costs.memory_ms(own, ask.reuse, rates),
         blocks_ms=costs.full_ms(new_tokens, loads, roster, decode_ms),
         transfer_ms=rates.transfer_ms,
         transfer_token_ms=rates.transfer_token_ms,
@@ -236,15 +241,15 @@ class Asked:
         if self.facts.output_tokens is not None:
             output = min(output, self.facts.output_tokens)
         prompt = float(max(self.facts.prompt_tokens, 1))
-        new = float(max(candidates.new_tokens, 1))
-        crowd = float(candidates.loads.tokens @ candidates.roster.computing) / new
-        return Ask(prompt, float(output), float(candidates.reuse), float(self.min_remote_tokens), new, crowd)
+        loads = candidates.loads
+        crowd = float(np.maximum(loads.requests - loads.decoding, 0.0) @ candidates.roster.computing)
+        return Ask(prompt, float(output), float(candidates.reuse), float(self.min_remote_tokens), crowd)
 
     @property
     def parties(self) -> Party:
         """All candidates, as columns."""
         of = self.candidates
-        blocks = of.prefix_blocks.astype(np.float64), of.offloaded_blocks.astype(np.float64)
+        blocks = (each.astype(np.float64) for each in (of.prefix_blocks, of.offloaded_blocks, of.coming))
         found = party(self.ask, of.roster, of.loads, of.rates, *blocks)
         return found._replace(more_ms=sum(self.more.values(), found.more_ms), chance_ms=self.chance_ms)
 

@@ -33,6 +33,9 @@ compiled = compiled_with(__file__, pairs_cpu.__file__, plans.__file__, costs.__f
 PARTY_ROW: Final = np.dtype([(name, np.float64) for name in Party._fields])
 OWN, CACHED, HELD = (Party._fields.index(name) for name in ("own", "cached", "held"))
 
+NO_BLOCKS: Final = np.empty(0, np.int64)
+"""Stands for none that are coming."""
+
 NOTHING: Final = np.empty(0)
 """Stands for no terms of others."""
 
@@ -68,6 +71,7 @@ class Search:
             of.rates.rows,
             np.ascontiguousarray(of.prefix_blocks),
             np.ascontiguousarray(of.offloaded_blocks),
+            NO_BLOCKS if of.coming_blocks is None else np.ascontiguousarray(of.coming_blocks),
             asked.chance_ms,
             np.sum([*asked.more.values()], 0) if asked.more else NOTHING,
             roster.decoders,
@@ -117,6 +121,7 @@ def _cheapest(
     rates: Any,
     prefix_blocks: Any,
     offloaded_blocks: Any,
+    coming_blocks: Any,
     chance_ms: Numbers,
     more_ms: Numbers,
     decoders: Places,
@@ -130,7 +135,7 @@ def _cheapest(
     """The kind of the plan, NOBODY if there is none; the destination; the source."""
     ask = Ask(*asked)
     prunable = _note_parties(
-        ask, parties, fields, roster, loads, rates, prefix_blocks, offloaded_blocks, chance_ms, more_ms
+        ask, parties, fields, roster, loads, rates, prefix_blocks, offloaded_blocks, coming_blocks, chance_ms, more_ms
     )
     best_ms, kind, at, source = _best_alone(ask, parties, decoders)
     for first in range(0, len(starts) - 1, 3):
@@ -160,6 +165,7 @@ def _note_parties(
     rates: Any,
     prefix_blocks: Any,
     offloaded_blocks: Any,
+    coming_blocks: Any,
     chance_ms: Numbers,
     more_ms: Numbers,
 ) -> bool:
@@ -167,7 +173,8 @@ def _note_parties(
     prunable = True
     for place in range(len(roster)):
         blocks, offloaded = prefix_blocks[place], offloaded_blocks[place]
-        found: Any = party(ask, roster[place], loads[place], rates[place], blocks, offloaded)
+        coming: Any = coming_blocks[place] if len(coming_blocks) else 0
+        found: Any = party(ask, roster[place], loads[place], rates[place], blocks, offloaded, coming)
         for k in range(MAY_BE_NEGATIVE):
             fields[place, k] = found[k]
             prunable &= found[k] >= 0

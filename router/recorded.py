@@ -13,6 +13,7 @@ from vllm_llmd.router.rates import Rates, packed
 from vllm_llmd.router.recording import (
     FACTS,
     LOADS,
+    PREFIXES,
     RATES,
     SCALARS,
     Began,
@@ -90,12 +91,13 @@ class Restorer:
         rows = np.frombuffer(decided.rows, np.float64).reshape(-1, len(self._columns))
         for place, row in zip(np.frombuffer(decided.changed, np.uint32).tolist(), rows.tolist(), strict=True):
             _take(self._engines[members[place]], dict(zip(self._columns, row, strict=True)))
-        cached = np.zeros((3, len(members)), np.int64)
-        cached[:, np.frombuffer(decided.cached_at, np.uint32)] = np.frombuffer(decided.cached, np.int64).reshape(3, -1)
+        cached = np.zeros((len(PREFIXES), len(members)), np.int64)
+        told = np.frombuffer(decided.cached, np.int64).reshape(len(PREFIXES), -1)
+        cached[:, np.frombuffer(decided.cached_at, np.uint32)] = told
         scalars: dict[str, Any] = {name: decided.scalars[name] for name in SCALARS if name in decided.scalars}
         blocks = cached[0], cached[1], cached[2]
         columns = Candidates(roster, *blocks, Loads.of(roster.engines), RateColumns.of(roster.engines))
-        candidates = replace(columns, **scalars)
+        candidates = replace(columns, coming_blocks=cached[3] if cached[3].any() else None, **scalars)
         return Recorded(decided.id, facts_of(decided), candidates, decided.destination, decided.source, decided.until)
 
 
@@ -118,16 +120,7 @@ def _take(engine: Engine, told: "dict[str, float]") -> None:
     load = {name: told.get(f"load.{name}", 0.0) for name in LOADS}
     counts = {name: int(load[name]) for name in ("running", "waiting", "free_blocks")}
     engine.load = Load(**counts, step_ms=load["step_ms"])
-    engine.requests_ahead, engine.tokens_ahead = int(load["requests"]), int(load["tokens"])
+    engine.other_requests, engine.other_tokens = int(load["requests"]), int(load["tokens"])
     engine.unplaced_ahead, engine.cached_blocks = int(load["unplaced"]), int(load["cached_blocks"])
-    engine.row = Engine(
-        engine.info,
-        engine.state,
-        engine.heard_ms,
-        load=engine.load,
-        requests_ahead=engine.requests_ahead,
-        tokens_ahead=engine.tokens_ahead,
-        unplaced_ahead=engine.unplaced_ahead,
-        cached_blocks=engine.cached_blocks,
-    ).row
+    engine.row = np.array([load[name] for name in LOADS]).tobytes()
     engine.rates = packed(Rates(**{name: told[f"rate.{name}"] for name in RATES if f"rate.{name}" in told}))

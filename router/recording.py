@@ -44,7 +44,7 @@ FACTS: Final = tuple(each.name for each in fields(Facts) if each.name not in UNT
 """What is told of it: numbers, names, yes or no."""
 SCALARS: Final = tuple(each.name for each in fields(Candidates) if each.type in (float, "float"))
 
-PREFIXES: Final = ("prefix_blocks", "offloaded_blocks", "claimed_blocks")
+PREFIXES: Final = ("prefix_blocks", "offloaded_blocks", "claimed_blocks", "coming")
 
 Rows = npt.NDArray[np.float64]
 """Shape (engines, columns)."""

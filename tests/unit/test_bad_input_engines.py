@@ -84,7 +84,7 @@ def test_whatever_engines_say_every_policy_chooses_one_that_is_there(
     assert all(math.isfinite(term) for term in decision.terms.values())
     found = prospect(facts, candidates, chooser, lambda each: saturated(each, LIMITS, 0.0))
     assert found is not None and found.engines[0].info.id in ids
-    fleet.place("r", decision, fleet.cut(facts))
+    fleet.place("r", decision, facts, fleet.cut(facts))
     fleet.answering("r", decision)
     fleet.done("r", decision)
     fleet.tick()

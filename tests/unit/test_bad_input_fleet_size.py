@@ -48,7 +48,7 @@ def test_each_policy_chooses_among_them(fleet: Fleet, name: str) -> None:
     for number in range(20):
         decision = decide(FACTS, fleet.candidates(FACTS, fleet.cut(FACTS)), chooser)
         assert decision is not None
-        fleet.place(str(number), decision, fleet.cut(FACTS))
+        fleet.place(str(number), decision, FACTS, fleet.cut(FACTS))
         fleet.done(str(number), decision)
 
 

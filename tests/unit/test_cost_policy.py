@@ -89,9 +89,13 @@ def test_what_others_lose_counts() -> None:
     assert choose(4000, crowded, queued).destination == "queued"
 
 
-def test_a_cache_with_room_is_taken_before_one_where_something_is_evicted() -> None:
-    full, roomy = Row("full", cached=1000), Row("roomy", cached=500)
-    assert choose(4000, full, roomy).destination == "roomy"
+def test_what_another_cache_holds_is_not_held_twice_for_little() -> None:
+    """The more is wanted again, the longer a queue is worth joining."""
+    holder = Row("holder", prefix=200, load=busy(prefill_tokens=4500), stock=True)
+    for reuse, expected in (0.1, "empty"), (0.9, "holder"):
+        at = replace(columns([holder, Row("empty")]), reuse=reuse)
+        decision = decide(facts(4000), at, policies.make("cost", SETTINGS))
+        assert decision is not None and decision.destination == expected
 
 
 def test_an_engine_without_blocks_to_give_is_waited_for_only_if_need_be() -> None:
@@ -251,26 +255,22 @@ def one(at: Candidates, d: int, tokens: int) -> dict[str, float]:
     own, batch, output = tokens - cached, max(load["requests"] - load["waiting"], 0), at.output_tokens
     join = r.base_ms + r.running_ms * batch
     decode = output * (r.step_ms + r.step_running_ms * batch)
-    blocks = 1000
-    empty = min(max(blocks - load["cached_blocks"], 0), load["free_blocks"])
-
-    def memory(new: float) -> float:
-        return min(max(new / 16 - empty, 0), load["free_blocks"] - empty) * 16 * r.token_ms * at.reuse
-
-    used = max(blocks - load["free_blocks"], 1)
+    pushed_out = at.reuse / (1 - at.reuse) * r.token_ms
+    used = max(1000 - load["free_blocks"], 1)
     missing = max((own + output + load["unplaced"]) / 16 - load["free_blocks"], 0)
     full = decode * missing / used if batch else 0
     computing = [place for place in range(len(at)) if not at.roster.helped[place]]
-    crowd = sum(float(at.loads.tokens[place]) for place in computing) / max(len(computing), 1) / at.new_tokens
-    decoding = batch if d in at.roster.decoders else 0
+    unanswered = at.loads.requests - at.loads.decoding
+    crowd = sum(float(unanswered[place]) for place in computing) / max(len(computing), 1)
+    decoding = load["decoding"] if d in at.roster.decoders else 0
     return {
         "join": join,
         "queue": join + r.token_ms * load["tokens"] + r.waiting_ms * load["waiting"],
         "prefill": own * (r.token_ms + r.context_ms * (cached + own / 2) / 1000),
         "reload": float(at.offloaded_blocks[d]) * 16 * r.reload_token_ms,
-        "stays": decode + output * r.step_running_ms * batch + memory(own + output) + full,
-        "supplies_memory": memory(own),
-        "stalls": 1 + decoding + crowd * load["tokens"] / at.new_tokens,
+        "stays": decode + output * r.step_running_ms * batch + (own + output) * pushed_out + full,
+        "supplies_memory": own * pushed_out,
+        "stalls": 1 + decoding + crowd * float(unanswered[d]),
         "own": own,
         "cached": cached,
         "cold": r.cold_ms,

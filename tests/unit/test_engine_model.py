@@ -145,12 +145,12 @@ def test_answers_that_waited_for_blocks_do_not_say_how_fast_an_engine_computes()
     assert models.of(A).first_byte.measured == 0
 
 
-def test_how_much_of_prompts_is_computed_is_learned() -> None:
+def test_how_long_answers_are_and_what_is_wanted_again_is_known_after_few_requests() -> None:
     models, seen = Models(), Seen(0, 0, 0, 4000, 0)
-    for _ in range(400):
-        made = decision(A, seen, prefill_tokens={B: 100, A: 200})
-        models.answered(made, Measured(9, 99, True, None))
-    assert models.new_tokens == pytest.approx(300, rel=0.05)
+    for _ in range(20):
+        models.answered(decision(A, seen), Measured(9, 99, True, Usage(4000, 3600, 8)))
+    assert models.reuse == pytest.approx(0.9, abs=0.05)
+    assert models.output_tokens < 40
 
 
 def test_answers_that_are_no_streams_do_not_say_when_they_began() -> None:

@@ -92,7 +92,7 @@ class Place:
         if made is None:
             return
         decision = decision_of(made.choice, FACTS, self.candidates())
-        self.fleet.place(name, decision, self.fleet.cut(FACTS))
+        self.fleet.place(name, decision, FACTS, self.fleet.cut(FACTS))
         self.served.append((name, decision.destination))
         self.at_ms[name] = self.clock.now_ms()
         try:

@@ -82,7 +82,7 @@ def test_a_policy_spreads_a_burst_over_engines_that_are_all_alike(name: str) -> 
     for number in range(80):
         asked = facts(f"{number} " * 100)
         decision = burst.decide(chooser, asked)
-        burst.fleet.place(f"r-{number}", decision, burst.fleet.cut(asked))
+        burst.fleet.place(f"r-{number}", decision, asked, burst.fleet.cut(asked))
         picked[decision.destination] += 1
     assert len(picked) == 4 and max(picked.values()) <= 40
 

@@ -105,23 +105,49 @@ def test_a_load_report_covers_what_was_placed_before_the_report_before_it(member
     assert not engine.unreported
 
 
-LOADS = [Load(running=1), Load(waiting=1), Load(waiting_for_kv=1)]
+LOADS = [Load(running=3), Load(waiting=3), Load(waiting_for_kv=3)]
 
 
 @pytest.mark.parametrize("load", LOADS)
-def test_ahead_is_what_the_engine_reports_and_what_it_does_not_know_of_yet(members: Membership, load: Load) -> None:
+def test_ahead_is_what_this_router_has_there_and_what_others_have_by_the_report(
+    members: Membership, load: Load
+) -> None:
     engine = members.get(A)
     assert engine is not None
     engine.place("early", Placed(5, 100))
     assert (engine.requests_ahead, engine.tokens_ahead) == (1, 100)
-    members.reported(A, msgspec.structs.replace(load, prefill_tokens=7), 10)
-    assert (engine.requests_ahead, engine.tokens_ahead) == (2, 107)
+    members.reported(A, msgspec.structs.replace(load, prefill_tokens=107), 10)
+    assert (engine.requests_ahead, engine.tokens_ahead) == (3, 107)
     engine.place("late", Placed(15, 30))
     engine.place("late", Placed(15, 40))
-    assert (engine.requests_ahead, engine.tokens_ahead) == (3, 147)
+    assert (engine.requests_ahead, engine.tokens_ahead) == (4, 147)
+    engine.answering("early")
+    assert (engine.requests_ahead, engine.tokens_ahead) == (4, 47)
     engine.ended("early")
     engine.ended("never placed")
-    assert (engine.requests_ahead, engine.tokens_ahead) == (2, 47)
+    assert (engine.requests_ahead, engine.tokens_ahead) == (3, 47)
+
+
+def test_a_report_of_what_this_router_has_sent_says_nothing_of_others(members: Membership) -> None:
+    engine = members.get(A)
+    assert engine is not None
+    for number in range(3):
+        engine.place(str(number), Placed(5, 100))
+    members.reported(A, Load(running=1, waiting=2, prefill_tokens=9000), 10)
+    assert (engine.requests_ahead, engine.tokens_ahead) == (3, 300)
+
+
+def test_what_an_engine_is_to_supply_counts_by_its_reports(members: Membership) -> None:
+    """Whether its destination has asked for it yet, this router does not know."""
+    engine = members.get(A)
+    assert engine is not None
+    engine.place("r", Placed(5, 100, 100, supplies=True))
+    assert (engine.requests_ahead, engine.tokens_ahead) == (1, 100)
+    members.reported(A, Load(), 10)
+    members.reported(A, Load(), 20)
+    assert (engine.requests_ahead, engine.tokens_ahead) == (0, 0)
+    members.reported(A, Load(running=1, prefill_tokens=70), 30)
+    assert (engine.requests_ahead, engine.tokens_ahead) == (1, 70)
 
 
 def test_blocks_are_wanted_for_what_waits_and_for_what_is_not_reported_yet(members: Membership) -> None:

@@ -25,6 +25,9 @@ SETTINGS = RouterSettings()
 WINDOW_MS = SETTINGS.scaling_window_ms
 
 
+NO_PROMPT = Facts(None, None, b"", b"", 0, None)
+
+
 @dataclass
 class Site:
     """A fleet in which requests come at a steady pace, and engines compute a token in `token_ms`."""
@@ -36,7 +39,7 @@ class Site:
 
     def __post_init__(self) -> None:
         self.fleet = Fleet(self.settings, self.clock, "r")
-        self.no_text = self.fleet.cut(Facts(None, None, b"", b"", 0, None))
+        self.no_text = self.fleet.cut(NO_PROMPT)
 
     def engine(self, name: str, role: Role = "both", model: str = "m", **more: object) -> None:
         info = EngineInfo(EngineId(name), Epoch(1), role, "http://h", [model], 16, 4096, 9999, "f", [])
@@ -50,7 +53,7 @@ class Site:
         known = self.fleet.membership.get(EngineId(destination))
         assert known is not None
         self.fleet.traffic.asked(request, known.info.models[0], wish, self.clock.now_ms())
-        self.fleet.place(request, self.decision(destination, tokens, source), self.no_text)
+        self.fleet.place(request, self.decision(destination, tokens, source), NO_PROMPT, self.no_text)
         return request
 
     def decision(self, destination: str, tokens: int, source: str | None = None) -> Decision:
@@ -160,7 +163,7 @@ def test_a_request_that_is_tried_twice_counts_once() -> None:
     site.engine("a")
     site.engine("b")
     request = site.ask("a", 1000)
-    site.fleet.place(request, site.decision("b", 1000), site.no_text)
+    site.fleet.place(request, site.decision("b", 1000), NO_PROMPT, site.no_text)
     assert site.fleet.traffic.models["m"].placed.total(0.0) == 1
 
 

@@ -41,7 +41,7 @@ class Routing:
         )
         decision = decide(facts, self.fleet.candidates(facts, self._no_text), self._policy)
         if decision is not None:
-            self.fleet.place(request, decision, self._no_text)
+            self.fleet.place(request, decision, facts, self._no_text)
         return decision
 
     def answering(self, request: str, decision: Decision) -> None:
