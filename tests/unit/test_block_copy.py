@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -295,7 +296,9 @@ def test_no_copy_needs_a_kernel_that_was_not_compiled_ahead() -> None:
     assert [len(kernel.signatures) for kernel in kernels] == before  # type: ignore[attr-defined]
 
 
-def test_what_numba_has_kept_is_used_until_any_file_of_kernels_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_numba_has_kept_is_used_until_any_file_of_kernels_changes(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     def one_more(number: int) -> int:
         return number + 1
 
@@ -304,8 +307,11 @@ def test_what_numba_has_kept_is_used_until_any_file_of_kernels_changes(monkeypat
         assert kernel(1) == 2
         return sum(kernel.stats.cache_hits.values())  # type: ignore[attr-defined]
 
-    monkeypatch.setattr(memory_cpu, "SOURCES", ("one state",))
+    one_state, another = tmp_path / "one_state.py", tmp_path / "another.py"
+    one_state.touch()
+    another.touch()
+    monkeypatch.setattr(memory_cpu, "SOURCES", (one_state,))
     calls_that_hit()
     assert calls_that_hit() == 1
-    monkeypatch.setattr(memory_cpu, "SOURCES", ("another",))
+    monkeypatch.setattr(memory_cpu, "SOURCES", (another,))
     assert calls_that_hit() == 0
