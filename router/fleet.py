@@ -32,6 +32,7 @@ from vllm_llmd.router.seen import Measured
 from vllm_llmd.router.sessions import Sessions
 from vllm_llmd.router.settings import RouterSettings
 from vllm_llmd.router.text_index import Chunks, TextIndex
+from vllm_llmd.router.text_lengths import TextLengths
 from vllm_llmd.router.traffic import Traffic
 from vllm_llmd.router.truth import By, Error, Prediction, Truth
 from vllm_llmd.router.under_way import UnderWay
@@ -87,6 +88,7 @@ class Fleet:
         """Stock engines whose events are to be followed from an empty cache on: predictions from them are wrong."""
         self.sessions = Sessions()
         self.under_way = UnderWay()
+        self.lengths = TextLengths()
         self.texts = TextIndex(settings.text_chunks)
         self.truth = Truth()
         self.agreement = Agreement()

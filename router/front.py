@@ -89,6 +89,7 @@ class Front:
         wish = read_wish(http.headers.items(), self._settings.objective or {})
         body, long = skim(raw)
         facts = with_wish(await self._exact.facts(read_facts(kind, body, long), kind, raw), wish)
+        facts = self._fleet.lengths.estimated(facts)
         self._fleet.rosters.check(facts)
         return Call(
             id=f"{self._life}-{next(self._numbers)}",

@@ -51,6 +51,7 @@ PURE = (
     "kernels/block_loops.py",
     "router/prefix_index.py",
     "router/text_index.py",
+    "router/text_lengths.py",
     "router/under_way.py",
     "router/ledger.py",
     "router/membership.py",
