@@ -227,7 +227,8 @@ class Candidates:
     `offloaded_blocks` of the `prefix_blocks` are not on the GPU: they come after the last that is. The last
     `coming_blocks` are being computed for others, and nobody can have them yet; None if there are none.
     `prefix_blocks` are as many as are to be counted on, `claimed_blocks` what the index says. Of answers,
-    `output_tokens` are expected; `reuse` is the share of cached blocks that are wanted again.
+    `output_tokens` are expected; `reuse` is the share of cached blocks that are wanted again, and `doubt` the
+    factor by which predictions are off.
     """
 
     roster: Roster
@@ -239,6 +240,7 @@ class Candidates:
     output_tokens: float = OUTPUT_TOKENS
     reuse: float = REUSE
     coming_blocks: Counts | None = None
+    doubt: float = 1.0
 
     def __len__(self) -> int:
         return len(self.roster.engines)

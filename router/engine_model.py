@@ -32,6 +32,12 @@ SHARE: Final = 0.25
 ENOUGH: Final = 8
 """Measurements before a model may be believed: more than it has coefficients."""
 
+ENOUGH_OF_ONE: Final = 4 * ENOUGH
+"""Before what one engine has shown is believed rather than what all have: most engines of a fleet are alike."""
+
+FIRST_DOUBT: Final = math.log(2)
+"""Until predictions have been compared with what came, they may be off by twice."""
+
 ERROR_WEIGHT: Final = 1 / 16
 """Of the newest measurement in a model's error: as many as are needed to tell whether an engine's index is right."""
 
@@ -83,7 +89,7 @@ class Believed:
             believed = "fleet"
         if self.fleet.count >= ENOUGH and not self.measured:
             believed = "fleet"
-        if self.engine.count >= ENOUGH and self.errors["engine"] < self.errors[believed]:
+        if self.engine.count >= ENOUGH_OF_ONE and self.errors["engine"] < self.errors[believed]:
             believed = "engine"
         return believed
 
@@ -96,10 +102,10 @@ class Believed:
     def expected(self, x: Sequence[float]) -> float:
         return sum(each * coefficient for each, coefficient in zip(x, self.coefficients, strict=True))
 
-    def learn(self, x: Sequence[float], ms: float) -> None:
-        """Judges the three by a measurement before they learn from it."""
+    def learn(self, x: Sequence[float], ms: float) -> bool:
+        """Judges the three by a measurement before they learn from it. False if it is none."""
         if not (0 < ms < MOST_MS and all(math.isfinite(each) and each >= 0 for each in x)):
-            return
+            return False
         prior_ms = sum(each * prior for each, prior in zip(x, PRIORS[self.what], strict=True))
         guesses: dict[By, float] = {
             "prior": prior_ms,
@@ -109,10 +115,10 @@ class Believed:
         self.measured += 1
         weight = max(ERROR_WEIGHT, 1 / self.measured)
         for by, guess_ms in guesses.items():
-            error = min(abs(math.log(max(guess_ms, 1e-6) / ms)), WORST)
-            self.errors[by] += weight * (error - self.errors[by])
+            self.errors[by] += weight * (_off(guess_ms, ms) - self.errors[by])
         self.fleet.learn(x, ms)
         self.engine.learn(x, ms)
+        return True
 
 
 @dataclass
@@ -135,6 +141,7 @@ class Models:
         self._cold_ms = PRIOR.cold_ms
         self.output_tokens = OUTPUT_TOKENS
         self.reuse = REUSE
+        self._off = FIRST_DOUBT
         self._answers = PRIOR_COUNT
         self._asked_tokens = float(PRIOR_COUNT * PROMPT_TOKENS)
         self._found_tokens = REUSE * self._asked_tokens
@@ -207,8 +214,15 @@ class Models:
         if model.answers == 1 and self._fleet["first_byte"].count >= ENOUGH and 0 < ms < MOST_MS:
             over_ms = max(ms - model.first_byte.expected(x), 0.0)
             self._cold_ms += COLD_WEIGHT * (over_ms - self._cold_ms)
-        else:
-            model.first_byte.learn(x, ms)
+            return
+        expected_ms = model.first_byte.expected(x)
+        if model.first_byte.learn(x, ms):
+            self._off += ERROR_WEIGHT * (_off(expected_ms, ms) - self._off)
+
+    @property
+    def doubt(self) -> float:
+        """By what factor times until the first byte are mispredicted lately, on average; at least 1."""
+        return math.exp(self._off)
 
     def _supplied(self, decision: Decision, source: EngineId, ms: float) -> None:
         """Such an answer tells of the transfer, or of how fast the source computes, if little else was waited for."""
@@ -232,6 +246,10 @@ class Models:
             self._asked_tokens = kept * self._asked_tokens + min(prompt_tokens, MOST_TOKENS)
             self._found_tokens = kept * self._found_tokens + min(cached_tokens, prompt_tokens, MOST_TOKENS)
             self.reuse = self._found_tokens / self._asked_tokens
+
+
+def _off(guess_ms: float, ms: float) -> float:
+    return min(abs(math.log(max(guess_ms, 1e-6) / ms)), WORST)
 
 
 def _expected_ms(decision: Decision) -> float:

@@ -288,6 +288,7 @@ class Fleet:
             self.models.output_tokens,
             self.models.reuse,
             coming,
+            self.models.doubt,
         )
 
     def place(self, request: str, decision: Decision, facts: Facts, chunks: Chunks) -> None:

@@ -29,6 +29,7 @@ class Ask(NamedTuple):
     """What of a request its prices depend on, and of traffic as a whole; in tokens, but for the share `reuse`.
 
     Whoever is to supply KV supplies `least` at least. `crowd` requests do not answer yet, averaged over who computes.
+    By the factor `doubt` predictions are off.
     """
 
     prompt: float
@@ -36,6 +37,7 @@ class Ask(NamedTuple):
     reuse: float
     least: float
     crowd: float
+    doubt: float
 
 
 class Party(NamedTuple):
@@ -205,8 +207,13 @@ def fetched(ask: Ask, at: Party, source: Party) -> Terms:
 
 @usable_in_kernels
 def pair_ms(kind: int, ask: Ask, at: Party, source: Party) -> Milliseconds:
-    terms = prefilled(ask, at, source) if kind == PREFILLED else fetched(ask, at, source)
-    total: Milliseconds = sum(terms) + at.more_ms + (at.chance_ms + source.chance_ms)
+    """What is compared. A prefix is fetched only if that is cheaper by more than predictions are off: what is gained is
+    uncertain, and a second copy is made for certain.
+    """
+    if kind == PREFILLED:
+        total: Milliseconds = sum(prefilled(ask, at, source)) + at.more_ms + (at.chance_ms + source.chance_ms)
+    else:
+        total = ask.doubt * (sum(fetched(ask, at, source)) + at.more_ms) + (at.chance_ms + source.chance_ms)
     return total
 
 
@@ -243,7 +250,14 @@ class Asked:
         prompt = float(max(self.facts.prompt_tokens, 1))
         loads = candidates.loads
         crowd = float(np.maximum(loads.requests - loads.decoding, 0.0) @ candidates.roster.computing)
-        return Ask(prompt, float(output), float(candidates.reuse), float(self.min_remote_tokens), crowd)
+        return Ask(
+            prompt,
+            float(output),
+            float(candidates.reuse),
+            float(self.min_remote_tokens),
+            crowd,
+            float(candidates.doubt),
+        )
 
     @property
     def parties(self) -> Party:

@@ -178,6 +178,14 @@ def test_a_prefix_is_fetched_from_an_engine_that_is_too_busy_to_decode() -> None
     assert decision.prefill_tokens == {"idle": 800, "holder": 0}
 
 
+def test_a_prefix_is_fetched_for_more_than_predictions_are_off() -> None:
+    holder = Row("holder", prefix=200, load=busy(6))
+    at = columns([holder, Row("idle")])
+    chooser = policies.make("cost", SETTINGS)
+    sources = [decide(facts(4000), replace(at, doubt=doubt), chooser).source for doubt in (1.0, 3.0)]  # type: ignore[union-attr]
+    assert sources == ["holder", None]
+
+
 def test_nothing_is_fetched_if_computing_it_is_faster() -> None:
     holder = Row("holder", prefix=200, load=busy(200))
     slow_wire = Row("idle", rates=replace(PRIOR, transfer_token_ms=1.0))

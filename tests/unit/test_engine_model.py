@@ -145,6 +145,15 @@ def test_answers_that_waited_for_blocks_do_not_say_how_fast_an_engine_computes()
     assert models.of(A).first_byte.measured == 0
 
 
+def test_doubt_is_by_how_much_predictions_are_off() -> None:
+    models, rng = Models(), random.Random(0)
+    assert models.doubt == pytest.approx(2)
+    serve(models, A, 300, true_ms)
+    assert models.doubt < 1.1
+    serve(models, A, 100, lambda seen: true_ms(seen) * rng.choice([0.3, 1.0, 3.0]))
+    assert models.doubt > 1.4
+
+
 def test_how_long_answers_are_and_what_is_wanted_again_is_known_after_few_requests() -> None:
     models, seen = Models(), Seen(0, 0, 0, 4000, 0)
     for _ in range(20):
