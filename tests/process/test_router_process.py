@@ -216,6 +216,7 @@ async def test_a_session_that_the_client_names_goes_back_to_where_it_was(site: S
     engine = one if home == "a" else two
     engine.load = wire.Load(prefill_tokens=100)  # fewer than are cached
     await until(site.admin_engines, lambda engines: any(engine["load"]["prefill_tokens"] for engine in engines))
+    await until(lambda: site.metric("vllm_llmd_sessions"), lambda known: known == 1)  # its answer's end is taken in
     for headers, same in ((mine, True), (other, False), ({}, False), (mine, True)):
         async with site.post(chat(f"a long text of another kind {same} {headers} " * 30), headers=headers) as response:
             assert (response.headers["X-Fake-Engine"] == home) is same

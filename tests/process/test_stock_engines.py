@@ -146,10 +146,10 @@ async def test_a_stock_engine_gets_no_hint_and_is_never_a_source(stock: Site, en
     prefill = await stock.engine("p", role="prefill", models=("stock",))
     await stock.ready(prefill)
     await ready(stock, engine)
-    body = {"model": "stock", "prompt": list(range(1000)), "kv_transfer_params": {"llmd": {"source": "evil"}}}
+    body = {"model": "stock", "prompt": list(range(400)), "kv_transfer_params": {"llmd": {"source": "evil"}}}
     async with stock.post(body, COMPLETIONS) as response:
         assert response.status == 200
-    assert engine.requests[0].body == {"model": "stock", "prompt": list(range(1000))}
+    assert engine.requests[0].body == {"model": "stock", "prompt": list(range(400))}
     assert set(prefill.link.members()) <= {"p"}
 
 
