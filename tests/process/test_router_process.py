@@ -214,11 +214,11 @@ async def test_a_session_that_the_client_names_goes_back_to_where_it_was(site: S
     async with site.post(chat(LONG), headers=mine) as response:
         home = response.headers["X-Fake-Engine"]
     engine = one if home == "a" else two
-    engine.load = wire.Load(prefill_tokens=100)  # fewer than are cached
-    await until(site.admin_engines, lambda engines: any(engine["load"]["prefill_tokens"] for engine in engines))
+    engine.load = wire.Load(running=2)  # others': less than what is cached is worth
+    await until(site.admin_engines, lambda engines: any(engine["load"]["running"] for engine in engines))
     await until(lambda: site.metric("vllm_llmd_sessions"), lambda known: known == 1)  # its answer's end is taken in
     for headers, same in ((mine, True), (other, False), ({}, False), (mine, True)):
-        async with site.post(chat(f"a long text of another kind {same} {headers} " * 30), headers=headers) as response:
+        async with site.post(chat(f"a long text of another kind {same} {headers} " * 100), headers=headers) as response:
             assert (response.headers["X-Fake-Engine"] == home) is same
     assert "x-llmd-session" not in engine.requests[0].headers
     assert await site.metric("vllm_llmd_sessions") == 2
