@@ -299,8 +299,8 @@ def latent_fleet(directory: Path, collector: Collector) -> dict[str, Any]:
     """MLA, of which every tensor-parallel rank holds all.
 
     vLLM's CPU kernel for rotary embedding gives other values to some tokens of a prompt than to the same tokens of a
-    longer one when they have many heads, so that not even one engine agrees with itself: torch's own is used. Its kernel
-    of MLA for CPUs with AMX takes 16 bits only: the one for all CPUs is used.
+    longer one when they have many heads, so that not even one engine agrees with itself: torch's own is used. Its
+    kernel of MLA for CPUs with AMX takes 16 bits only: the one for all CPUs is used.
     """
     return {
         "model": MODELS / "tiny-deepseek",
