@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pd_stats import Pair, Spread, early_share, median_of, pairs
 from pd_values import Results, Ttft
 
+from vllm_llmd.tables import aligned
+
 ARMS = ("one", "pull", "push", "pull_quiet", "push_quiet", "chunk", "layer")
 SHIPPED, QUIET = ("pull", "push"), ("pull_quiet", "push_quiet")
 OURS = "chunk"
@@ -166,10 +168,7 @@ class Table:
     rows: list[tuple[str, ...]] = field(default_factory=list)
 
     def __str__(self) -> str:
-        lines = [self.head, *self.rows]
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        text = ["  ".join((line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:]))).rstrip() for line in lines]
-        return "\n".join((self.title, *text, ""))
+        return "\n".join((self.title, *aligned([self.head, *self.rows]), ""))
 
 
 def tables(results: Results) -> str:

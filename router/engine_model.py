@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Final, Literal
 
 from vllm_llmd.names import EngineId
+from vllm_llmd.router.averages import Ratio
 from vllm_llmd.router.candidates import OUTPUT_TOKENS, REUSE
 from vllm_llmd.router.decide import Decision
 from vllm_llmd.router.least_squares import LeastSquares
@@ -115,7 +116,7 @@ class Believed:
         self.measured += 1
         weight = max(ERROR_WEIGHT, 1 / self.measured)
         for by, guess_ms in guesses.items():
-            self.errors[by] += weight * (_off(guess_ms, ms) - self.errors[by])
+            self.errors[by] += weight * (error_of(guess_ms, ms) - self.errors[by])
         self.fleet.learn(x, ms)
         self.engine.learn(x, ms)
         return True
@@ -140,11 +141,10 @@ class Models:
         self._engines: dict[EngineId, EngineModel] = {}
         self._cold_ms = PRIOR.cold_ms
         self.output_tokens = OUTPUT_TOKENS
-        self.reuse = REUSE
-        self._off = FIRST_DOUBT
+        self._error = FIRST_DOUBT
         self._answers = PRIOR_COUNT
-        self._asked_tokens = float(PRIOR_COUNT * PROMPT_TOKENS)
-        self._found_tokens = REUSE * self._asked_tokens
+        prior_tokens = float(PRIOR_COUNT * PROMPT_TOKENS)
+        self._reuse = Ratio(REUSE * prior_tokens, prior_tokens)
 
     def of(self, engine: EngineId) -> EngineModel:
         """The engine's; a new one if it has none."""
@@ -217,12 +217,17 @@ class Models:
             return
         expected_ms = model.first_byte.expected(x)
         if model.first_byte.learn(x, ms):
-            self._off += ERROR_WEIGHT * (_off(expected_ms, ms) - self._off)
+            self._error += ERROR_WEIGHT * (error_of(expected_ms, ms) - self._error)
+
+    @property
+    def reuse(self) -> float:
+        """The share of prompts' tokens that is found cached."""
+        return self._reuse.value
 
     @property
     def doubt(self) -> float:
         """By what factor times until the first byte are mispredicted lately, on average; at least 1."""
-        return math.exp(self._off)
+        return math.exp(self._error)
 
     def _supplied(self, decision: Decision, source: EngineId, ms: float) -> None:
         """Such an answer tells of the transfer, or of how fast the source computes, if little else was waited for."""
@@ -242,13 +247,12 @@ class Models:
             weight = max(1 / self._answers, SLOW_WEIGHT)
             self.output_tokens += weight * (min(output_tokens, MOST_TOKENS) - self.output_tokens)
         if cached_tokens is not None and prompt_tokens > 0:
-            kept = 1 - SLOW_WEIGHT
-            self._asked_tokens = kept * self._asked_tokens + min(prompt_tokens, MOST_TOKENS)
-            self._found_tokens = kept * self._found_tokens + min(cached_tokens, prompt_tokens, MOST_TOKENS)
-            self.reuse = self._found_tokens / self._asked_tokens
+            asked_tokens = min(prompt_tokens, MOST_TOKENS)
+            self._reuse.told(min(cached_tokens, asked_tokens), asked_tokens)
 
 
-def _off(guess_ms: float, ms: float) -> float:
+def error_of(guess_ms: float, ms: float) -> float:
+    """Absolute natural logarithm of guessed over measured, up to WORST."""
     return min(abs(math.log(max(guess_ms, 1e-6) / ms)), WORST)
 
 

@@ -147,95 +147,74 @@ class Metrics:
         self._registry = CollectorRegistry()
         self._registry.register(_FleetCollector(fleet))
         self._registry.register(ReplicasCollector(fleet))
-        self.requests = Counter("vllm_llmd_requests", "Requests answered", ["engine", "code"], registry=self._registry)
-        self.inflight = Gauge("vllm_llmd_inflight_requests", "Requests being served", registry=self._registry)
-        self.ttft_seconds = Histogram(
+        self._counter = partial(Counter, registry=self._registry)
+        self._gauge = partial(Gauge, registry=self._registry)
+        self._histogram = partial(Histogram, registry=self._registry)
+        self._count_answers()
+        self._count_failures()
+        self._count_waiting()
+        self._count_records()
+
+    def _count_answers(self) -> None:
+        """What clients got, and what was thought of it before."""
+        self.requests = self._counter("vllm_llmd_requests", "Requests answered", ["engine", "code"])
+        self.inflight = self._gauge("vllm_llmd_inflight_requests", "Requests being served")
+        self.ttft_seconds = self._histogram(
             "vllm_llmd_ttft_seconds",
             "Time from a request's arrival to the first byte of its answer",
             buckets=_TTFT_BUCKETS,
-            registry=self._registry,
         )
-        self.predicted_cached_tokens = Counter(
-            "vllm_llmd_predicted_cached_tokens",
-            "Prompt tokens expected in the cache of the chosen engine",
-            registry=self._registry,
+        self.predicted_cached_tokens = self._counter(
+            "vllm_llmd_predicted_cached_tokens", "Prompt tokens expected in the cache of the chosen engine"
         )
-        self.prediction_error_tokens = Histogram(
+        self.prediction_error_tokens = self._histogram(
             "vllm_llmd_prediction_error_tokens",
             "Prompt tokens predicted to be cached less those that were; negative where too few were predicted",
             ["engine", "by"],
             buckets=_ERROR_BUCKETS,
-            registry=self._registry,
         )
-        self.source_hints = Counter(
-            "vllm_llmd_source_hints",
-            "Requests whose KV another engine should supply",
-            ["source"],
-            registry=self._registry,
+        self.source_hints = self._counter(
+            "vllm_llmd_source_hints", "Requests whose KV another engine should supply", ["source"]
         )
-        self.retries = Counter(
-            "vllm_llmd_engine_failures",
-            "Attempts that failed before the first byte",
-            ["engine"],
-            registry=self._registry,
+        self.cancelled = self._counter("vllm_llmd_cancelled_requests", "Requests whose client went away")
+        self.exact_prompts = self._counter(
+            "vllm_llmd_exact_prompts", "Prompts given as text that were to be tokenized", ["result"]
         )
-        self.retries_refused = Counter(
-            "vllm_llmd_retries_refused", "Retries that were not within the budget", registry=self._registry
+
+    def _count_failures(self) -> None:
+        """What engines have failed at."""
+        self.retries = self._counter(
+            "vllm_llmd_engine_failures", "Attempts that failed before the first byte", ["engine"]
         )
-        self.broken_streams = Counter(
-            "vllm_llmd_broken_streams", "Answers that broke off midway", ["engine"], registry=self._registry
+        self.retries_refused = self._counter("vllm_llmd_retries_refused", "Retries that were not within the budget")
+        self.broken_streams = self._counter("vllm_llmd_broken_streams", "Answers that broke off midway", ["engine"])
+        self.continued_streams = self._counter(
+            "vllm_llmd_continued_streams", "Streams that broke and were continued on another engine", ["result"]
         )
-        self.continued_streams = Counter(
-            "vllm_llmd_continued_streams",
-            "Streams that broke and were continued on another engine",
-            ["result"],
-            registry=self._registry,
-        )
-        self.cancelled = Counter(
-            "vllm_llmd_cancelled_requests", "Requests whose client went away", registry=self._registry
-        )
-        self.queue_wait_seconds = Histogram(
+
+    def _count_waiting(self) -> None:
+        """Who waits in the router."""
+        self.queue_wait_seconds = self._histogram(
             "vllm_llmd_queue_wait_seconds",
             "How long requests that had to wait in the router did so before they were sent to an engine",
             ["band"],
             buckets=_TTFT_BUCKETS,
-            registry=self._registry,
         )
-        self.shed = Counter(
-            "vllm_llmd_shed_requests",
-            "Requests refused, or sent away from the queue",
-            ["band", "reason"],
-            registry=self._registry,
+        self.shed = self._counter(
+            "vllm_llmd_shed_requests", "Requests refused, or sent away from the queue", ["band", "reason"]
         )
-        self.held = Counter(
-            "vllm_llmd_held_requests",
-            "Requests that waited for one engine though others had room",
-            registry=self._registry,
+        self.held = self._counter(
+            "vllm_llmd_held_requests", "Requests that waited for one engine though others had room"
         )
-        self._queued = Gauge(
-            "vllm_llmd_queued_requests", "Requests that wait in the router", ["band"], registry=self._registry
-        )
-        self._queued_bytes = Gauge(
-            "vllm_llmd_queued_bytes", "Bytes of bodies that wait in the router", registry=self._registry
-        )
-        self.decisions_recorded = Counter(
-            "vllm_llmd_decisions_recorded", "Decisions written to the recording", registry=self._registry
-        )
-        self.decisions_lost = Counter(
-            "vllm_llmd_decisions_lost", "Decisions that could not be recorded", registry=self._registry
-        )
-        self.exact_prompts = Counter(
-            "vllm_llmd_exact_prompts",
-            "Prompts given as text that were to be tokenized",
-            ["result"],
-            registry=self._registry,
-        )
-        self.snapshots_asked = Counter(
-            "vllm_llmd_snapshots_asked", "Snapshots asked of engines", ["reason"], registry=self._registry
-        )
-        self.wire_errors = Counter(
-            "vllm_llmd_wire_errors", "Messages that could not be used", ["kind"], registry=self._registry
-        )
+        self._queued = self._gauge("vllm_llmd_queued_requests", "Requests that wait in the router", ["band"])
+        self._queued_bytes = self._gauge("vllm_llmd_queued_bytes", "Bytes of bodies that wait in the router")
+
+    def _count_records(self) -> None:
+        """What is recorded, and what engines have told."""
+        self.decisions_recorded = self._counter("vllm_llmd_decisions_recorded", "Decisions written to the recording")
+        self.decisions_lost = self._counter("vllm_llmd_decisions_lost", "Decisions that could not be recorded")
+        self.snapshots_asked = self._counter("vllm_llmd_snapshots_asked", "Snapshots asked of engines", ["reason"])
+        self.wire_errors = self._counter("vllm_llmd_wire_errors", "Messages that could not be used", ["kind"])
 
     def watch_queue(self, flow: Flow) -> None:
         """Exposes who waits in it."""

@@ -3,17 +3,19 @@
 import argparse
 import itertools
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 
 from vllm_llmd.errors import ConfigError
+from vllm_llmd.program import write_file
 from vllm_llmd.router import policies
 from vllm_llmd.router.policy import Policy, PolicySettings
 from vllm_llmd.router.recorded import Recorded, Restorer
 from vllm_llmd.router.recording import Reader
 from vllm_llmd.router.replay import Replay, Report, Score
+from vllm_llmd.tables import aligned
 
 Say = Callable[[str], None]
 
@@ -56,7 +58,7 @@ def run(args: argparse.Namespace, say: Say) -> int:
     report = replay.report()
     for line in (*_lines(report), *notes):
         say(line)
-    _write(args.json, msgspec.json.format(msgspec.json.encode(report), indent=1))
+    write_file(args.json, msgspec.json.format(msgspec.json.encode(report), indent=1), "json: ")
     return 0
 
 
@@ -91,7 +93,7 @@ def _lines(report: Report) -> list[str]:
         lines.append(f"{report.nobody:,} more found no engine")
     if report.lost:
         lines.append(f"{report.lost:,} more were lost when they were recorded")
-    lines += table([[heading for heading, _ in _COLUMNS], *map(_row, report.scores)])
+    lines += aligned([[heading for heading, _ in _COLUMNS], *map(_row, report.scores)])
     ttft = report.ttft
     if ttft is None:
         return [*lines, "time to first byte: no stream's was measured"]
@@ -105,20 +107,3 @@ def _lines(report: Report) -> list[str]:
 
 def _row(score: Score) -> list[str]:
     return [tell(score) for _, tell in _COLUMNS]
-
-
-def table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Columns aligned, names to the left and numbers to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join([first.ljust(widths[0]), *map(str.rjust, others, widths[1:])]).rstrip() for first, *others in rows
-    ]
-
-
-def _write(path: str | None, content: bytes) -> None:
-    if path is None:
-        return
-    try:
-        Path(path).write_bytes(content)
-    except OSError as error:
-        raise ConfigError(f"json: {path} cannot be written ({error.strerror})") from None

@@ -1,13 +1,11 @@
 """How many tokens a text has, as answers have told of others: it depends on the language and the tokenizer. Pure."""
 
 from collections import OrderedDict
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Final
 
+from vllm_llmd.router.averages import Ratio
 from vllm_llmd.router.request import BYTES_PER_TOKEN, Facts
-
-KEPT: Final = 1 - 1 / 64
-"""Of what was told before, whenever an answer tells: traffic changes."""
 
 PRIOR_BYTES: Final = 16_000
 """Text that the prior is worth: some prompts, soon outweighed."""
@@ -18,24 +16,18 @@ MOST_BYTES_PER_TOKEN: Final = 64
 MODELS_KEPT: Final = 256
 
 
-@dataclass(slots=True)
-class _Told:
-    text_bytes: float = PRIOR_BYTES
-    tokens: float = PRIOR_BYTES / BYTES_PER_TOKEN
-
-
 class TextLengths:
     """By model. A token is at least a byte, and `MOST_BYTES_PER_TOKEN` at most."""
 
     def __init__(self) -> None:
-        self._told: OrderedDict[str | None, _Told] = OrderedDict()
+        self._tokens_per_byte: OrderedDict[str | None, Ratio] = OrderedDict()
 
     def estimated(self, facts: Facts) -> Facts:
         """With as many prompt tokens as its text should have; as it is if the tokens are known."""
-        known = self._told.get(facts.model)
+        known = self._tokens_per_byte.get(facts.model)
         if facts.tokens is not None or known is None:
             return facts
-        return replace(facts, prompt_tokens=round(len(facts.text) * known.tokens / known.text_bytes))
+        return replace(facts, prompt_tokens=round(len(facts.text) * known.value))
 
     def told(self, facts: Facts, prompt_tokens: int) -> None:
         """An answer has told of this prompt; of several in one request it tells the sum."""
@@ -44,9 +36,8 @@ class TextLengths:
             return
         if not text_bytes / MOST_BYTES_PER_TOKEN <= prompt_tokens <= text_bytes:
             return
-        known = self._told.setdefault(facts.model, _Told())
-        self._told.move_to_end(facts.model)
-        known.text_bytes = KEPT * known.text_bytes + text_bytes
-        known.tokens = KEPT * known.tokens + prompt_tokens
-        if len(self._told) > MODELS_KEPT:
-            self._told.popitem(last=False)
+        known = self._tokens_per_byte.setdefault(facts.model, Ratio(PRIOR_BYTES / BYTES_PER_TOKEN, PRIOR_BYTES))
+        self._tokens_per_byte.move_to_end(facts.model)
+        known.told(prompt_tokens, text_bytes)
+        if len(self._tokens_per_byte) > MODELS_KEPT:
+            self._tokens_per_byte.popitem(last=False)

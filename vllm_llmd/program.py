@@ -4,6 +4,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from vllm_llmd.errors import ConfigError
 
@@ -17,6 +18,16 @@ def http_url(address: tuple[str, int]) -> str:
     """The base URL of a server that listens there."""
     host, port = address
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def write_file(path: str | None, content: bytes, flag: str = "") -> None:
+    """A report for the user, if one is wanted. Raises ConfigError, which names the `flag` that said where."""
+    if path is None:
+        return
+    try:
+        Path(path).write_bytes(content)
+    except OSError as error:
+        raise ConfigError(f"{flag}{path} cannot be written ({error.strerror})") from None
 
 
 def main(parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], int]) -> int:

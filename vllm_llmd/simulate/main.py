@@ -12,6 +12,7 @@ import msgspec
 
 from vllm_llmd.errors import ConfigError
 from vllm_llmd.kernels import hash_chain_cpu, prefix_table_cpu
+from vllm_llmd.program import write_file
 from vllm_llmd.router import plans_cpu, policies
 from vllm_llmd.router.policy import Policy, PolicySettings
 from vllm_llmd.router.settings import RouterSettings
@@ -47,8 +48,8 @@ def run(settings: SimulateSettings, say: Say) -> int:
     say(table(runs))
     trace = settings.trace or f"made-up chats, seed {settings.seed}"
     report = Report(trace=Path(trace).name, requests=len(requests), rate=round(rate, 4), settings=settings, runs=runs)
-    _write(settings.json, msgspec.json.format(msgspec.json.encode(report), indent=1))
-    _write(settings.html, page(report).encode())
+    write_file(settings.json, msgspec.json.format(msgspec.json.encode(report), indent=1))
+    write_file(settings.html, page(report).encode())
     return 0
 
 
@@ -101,12 +102,3 @@ def _read(settings: SimulateSettings) -> list[TraceRequest]:
             return read_trace(lines, path.name)
     except OSError as error:
         raise ConfigError(f"trace {path} cannot be read ({error.strerror}): give the path of a file") from None
-
-
-def _write(path: str | None, content: bytes) -> None:
-    if path is None:
-        return
-    try:
-        Path(path).write_bytes(content)
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be written ({error.strerror})") from None

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from vllm_llmd.simulate.report import Summary
+from vllm_llmd.tables import aligned
 
 _COLUMNS: tuple[tuple[str, Callable[[Summary], str]], ...] = (
     ("policy", lambda each: each.policy),
@@ -31,8 +32,4 @@ def rows(summaries: Sequence[Summary]) -> list[list[str]]:
 
 def table(summaries: Sequence[Summary]) -> str:
     """Columns aligned, names to the left and numbers to the right."""
-    cells = rows(summaries)
-    widths = [max(len(row[at]) for row in cells) for at in range(len(_COLUMNS))]
-    return "\n".join(
-        "  ".join([first.ljust(widths[0]), *map(str.rjust, others, widths[1:])]) for first, *others in cells
-    )
+    return "\n".join(aligned(rows(summaries)))
