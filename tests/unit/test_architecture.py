@@ -90,6 +90,7 @@ PURE = (
     "router/replay.py",
     "router/explain.py",
     "router/barred.py",
+    "router/admission.py",
     "router/flow.py",
     "router/occupancy.py",
     "router/saturation.py",

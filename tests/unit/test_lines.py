@@ -104,7 +104,7 @@ class Place:
     def nothing_left(self) -> None:
         for engine in self.fleet.membership.all():
             assert (engine.line_requests, engine.line_tokens, len(engine.occupancy)) == (0, 0, 0)
-        assert not self.room._lined and not self.room._guests and not len(self.room._flow)
+        assert not len(self.room)
 
 
 def run(story: Callable[[], Coroutine[Any, Any, None]]) -> None:
