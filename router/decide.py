@@ -76,12 +76,13 @@ def decision_of(choice: Choice, facts: Facts, candidates: Candidates) -> Decisio
 
 
 def _seen(facts: Facts, candidates: Candidates, place: int) -> Seen:
-    loads = candidates.loads
-    cached_tokens = int(candidates.prefix_blocks[place]) * int(candidates.roster.block_sizes[place])
+    loads, block_size = candidates.loads, int(candidates.roster.block_sizes[place])
+    cached_tokens = min(int(candidates.prefix_blocks[place]) * block_size, facts.prompt_tokens)
     return Seen(
         batch=float(loads.batch[place]),
         waiting=float(loads.waiting[place]),
         tokens=float(loads.tokens[place]),
         prompt_tokens=float(facts.prompt_tokens),
-        cached_tokens=float(min(cached_tokens, facts.prompt_tokens)),
+        cached_tokens=float(cached_tokens),
+        offloaded_tokens=float(min(int(candidates.offloaded_blocks[place]) * block_size, cached_tokens)),
     )

@@ -22,7 +22,14 @@ What = Literal["first_byte", "step", "transfer"]
 By = Literal["prior", "fleet", "engine"]
 
 PRIORS: Final[dict[What, tuple[float, ...]]] = {
-    "first_byte": (PRIOR.base_ms, PRIOR.token_ms, PRIOR.context_ms, PRIOR.running_ms, PRIOR.waiting_ms),
+    "first_byte": (
+        PRIOR.base_ms,
+        PRIOR.token_ms,
+        PRIOR.context_ms,
+        PRIOR.running_ms,
+        PRIOR.waiting_ms,
+        PRIOR.reload_token_ms,
+    ),
     "step": (PRIOR.step_ms, PRIOR.step_running_ms),
     "transfer": (PRIOR.transfer_ms, PRIOR.transfer_token_ms),
 }
@@ -168,7 +175,7 @@ class Models:
     def rates(self, engine: EngineId) -> Rates:
         """How fast the engine is thought to be."""
         model = self.of(engine)
-        base_ms, token_ms, context_ms, running_ms, waiting_ms = model.first_byte.coefficients
+        base_ms, token_ms, context_ms, running_ms, waiting_ms, reload_token_ms = model.first_byte.coefficients
         step_ms, step_running_ms = model.step.coefficients
         transfer_ms, transfer_token_ms = self._transfer.coefficients
         return Rates(
@@ -181,6 +188,7 @@ class Models:
             step_running_ms=step_running_ms,
             transfer_ms=transfer_ms,
             transfer_token_ms=transfer_token_ms,
+            reload_token_ms=reload_token_ms,
             cold_ms=0.0 if model.answers else self._cold_ms,
         )
 
@@ -269,4 +277,6 @@ def first_byte_of(seen: Seen, cached_tokens: int | None) -> tuple[float, ...]:
     """What decides when the first byte comes; with what was really cached, where that is known."""
     cached = seen.cached_tokens if cached_tokens is None else float(cached_tokens)
     own = max(seen.prompt_tokens - cached, 1.0)
-    return 1.0, seen.tokens + own, own * (cached + own / 2) / 1000, seen.batch, seen.waiting
+    on_gpu = seen.cached_tokens - seen.offloaded_tokens
+    reloaded = min(max(cached - on_gpu, 0.0), seen.offloaded_tokens)
+    return 1.0, seen.tokens + own, own * (cached + own / 2) / 1000, seen.batch, seen.waiting, reloaded

@@ -332,10 +332,10 @@ class Fleet:
     def answered(self, request: str, decision: Decision, measured: Measured) -> None:
         """The answer has come: how long it took teaches how fast the engines are. To be told before `done`."""
         self.traffic.answered(request, measured.usage)
-        engine = self.membership.get(decision.destination)
-        if engine is not None:
+        if self.membership.get(decision.destination) is not None:
             self.models.answered(decision, measured)
-            engine.rated(packed(self.models.rates(decision.destination)))
+            for engine in self._parties(decision):
+                engine.rated(packed(self.models.rates(engine.info.id)))
 
     def done(self, request: str, decision: Decision) -> None:
         """The request has ended, well or not."""

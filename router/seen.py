@@ -8,7 +8,7 @@ from vllm_llmd.router.usage import Usage
 @dataclass(frozen=True)
 class Seen:
     """At its destination: `batch` requests that ran, `waiting` ones, `tokens` to prefill. Its own prompt has
-    `prompt_tokens`, of which `cached_tokens` were expected to be there.
+    `prompt_tokens`, of which `cached_tokens` were expected to be there, `offloaded_tokens` of them not on the GPU.
     """
 
     batch: float
@@ -16,6 +16,7 @@ class Seen:
     tokens: float
     prompt_tokens: float
     cached_tokens: float
+    offloaded_tokens: float = 0.0
 
 
 @dataclass(frozen=True)

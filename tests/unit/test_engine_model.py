@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from vllm_llmd.names import EngineId
 from vllm_llmd.router.decide import Decision
-from vllm_llmd.router.engine_model import ENOUGH, Models
+from vllm_llmd.router.engine_model import ENOUGH, Models, first_byte_of
 from vllm_llmd.router.least_squares import FACTOR, LeastSquares
 from vllm_llmd.router.policy import Choice
 from vllm_llmd.router.rates import PRIOR
@@ -54,6 +54,40 @@ def test_an_engines_speed_is_learned_from_its_answers() -> None:
     assert rates.token_ms == pytest.approx(0.4, rel=0.05)
     assert rates.step_ms + 10 * rates.step_running_ms == pytest.approx(40, rel=0.1)
     assert models.of(A).first_byte.by != "prior" and models.of(A).first_byte.errors["engine"] < 0.05
+
+
+@pytest.mark.parametrize("times", [1.0, 5.0, 20.0])
+def test_how_fast_offloaded_blocks_come_back_is_learned_beside_what_is_computed(times: float) -> None:
+    models, rng, reload_token_ms = Models(), random.Random(0), times * PRIOR.reload_token_ms
+    for _ in range(300):
+        cached = rng.uniform(2000, 8000)
+        offloaded = rng.choice([0.0, cached / 2, cached])
+        seen = Seen(rng.randrange(20), 0, rng.choice([0, 0, 1000]), cached + rng.uniform(10, 1000), cached, offloaded)
+        first_ms = true_ms(seen) + reload_token_ms * seen.offloaded_tokens
+        usage = Usage(int(seen.prompt_tokens), int(seen.cached_tokens), 1)
+        models.answered(decision(A, seen), Measured(first_ms, first_ms, True, usage))
+    assert models.rates(A).reload_token_ms == pytest.approx(reload_token_ms, rel=0.2)
+    assert models.rates(A).token_ms == pytest.approx(0.4, rel=0.05)
+    assert models.rates(B).reload_token_ms == pytest.approx(reload_token_ms, rel=0.2)
+
+
+def test_answers_without_offloaded_blocks_say_nothing_of_reloading() -> None:
+    models = Models()
+    serve(models, A, 300, true_ms)
+    assert models.of(A).first_byte.by != "prior"
+    assert models.rates(A).reload_token_ms == pytest.approx(PRIOR.reload_token_ms)
+
+
+def test_only_what_was_found_was_reloaded() -> None:
+    seen = Seen(0, 0, 0, 4000, 3000, 2000)
+    assert [first_byte_of(seen, cached)[-1] for cached in (None, 3500, 3000, 2500, 1000, 0)] == [
+        2000,
+        2000,
+        2000,
+        1500,
+        0,
+        0,
+    ]
 
 
 def test_an_engine_that_becomes_slower_is_followed() -> None:
@@ -169,20 +203,22 @@ def test_answers_that_are_no_streams_do_not_say_when_they_began() -> None:
     assert models.output_tokens > 128 and models.reuse > 0.1
 
 
+some = st.floats(0, 1e5)
 odd = st.one_of(st.floats(), st.sampled_from([0.0, -1.0, 1e300, 1e-300, math.nan, math.inf, 5.0]))
 
 
 @settings(deadline=None)
-@given(st.lists(st.tuples(odd, odd, odd, st.floats(0, 1e5), st.floats(0, 1e5), st.integers(0, 10**12)), max_size=60))
+@given(st.lists(st.tuples(odd, odd, odd, some, some, some, st.integers(0, 10**12)), max_size=60))
 def test_whatever_is_measured_rates_are_positive_numbers_near_the_priors(
-    measured: list[tuple[float, float, float, float, float, int]],
+    measured: list[tuple[float, float, float, float, float, float, int]],
 ) -> None:
     models = Models()
-    for first_ms, last_ms, batch, tokens, cached, made in measured:
-        seen = Seen(batch, 0, tokens, tokens, cached)
+    for first_ms, last_ms, batch, tokens, cached, offloaded, made in measured:
+        seen = Seen(batch, 0, tokens, tokens, cached, offloaded)
         models.answered(decision(A, seen), Measured(first_ms, last_ms, True, Usage(5, 3, made)))
         models.reported(A, Load(running=made % 7, step_ms=first_ms))
-    for name in ("base_ms", "token_ms", "context_ms", "running_ms", "waiting_ms", "step_ms", "step_running_ms"):
+    coefficients = ("base_ms", "token_ms", "context_ms", "running_ms", "waiting_ms", "reload_token_ms")
+    for name in (*coefficients, "step_ms", "step_running_ms"):
         learned, prior = getattr(models.rates(A), name), getattr(PRIOR, name)
         assert prior / FACTOR * 0.999 <= learned <= prior * FACTOR * 1.001
     assert 0 <= models.rates(B).cold_ms < math.inf and 0 < models.output_tokens <= 1e6 and 0 <= models.reuse <= 1

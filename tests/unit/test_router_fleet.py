@@ -24,6 +24,7 @@ from vllm_llmd.router.fleet import Fleet, Reply, Verdict
 from vllm_llmd.router.membership import State
 from vllm_llmd.router.policy import PolicySettings
 from vllm_llmd.router.prefix_index import Difference
+from vllm_llmd.router.rates import PRIOR, packed
 from vllm_llmd.router.request import read_facts
 from vllm_llmd.router.seen import Measured
 from vllm_llmd.router.settings import RouterSettings
@@ -448,3 +449,22 @@ def test_what_answers_take_changes_the_rates_of_candidates_and_a_new_life_forget
     net.start_engine()
     net.settle()
     assert net.fleet.models.of(A).answers == 0
+
+
+def test_what_an_answer_teaches_of_destination_and_source_counts_at_once() -> None:
+    fleet, facts = Fleet(SETTINGS, FakeClock(), "r"), read_facts("completion", {"prompt": list(range(1, 3000))})
+    for name in ("d", "s"):
+        mine = info(engine=EngineId(name), role="prefill" if name == "s" else "decode")
+        fleet.on_message(name.encode(), wire.Hello(mine))
+        fleet.on_message(name.encode(), wire.Snapshot(mine.id, mine.epoch, 0, 0, 1, b""))
+    for _ in range(20):
+        decision = decide(
+            facts, fleet.candidates(facts, fleet.cut(facts)), policies.make("cost", PolicySettings(1, random.Random()))
+        )
+        assert decision is not None and (decision.destination, decision.source) == ("d", "s")
+        fleet.answered("r", decision, Measured(3000.0, 4000.0, True, Usage(2999, 2998, 11)))
+    found = fleet.candidates(facts, fleet.cut(facts))
+    for name in ("d", "s"):
+        row, rates = found.rates.rows[[found.roster.place_of[EngineId(name)]]], fleet.models.rates(EngineId(name))
+        assert row.tobytes() == packed(rates)
+    assert fleet.models.rates(EngineId("s")).token_ms > 2 * PRIOR.token_ms

@@ -17,12 +17,18 @@ import zmq
 from vllm_llmd.errors import ConfigError
 from vllm_llmd.names import EngineId
 from vllm_llmd.router import policies
+from vllm_llmd.router.policy import PolicySettings
+from vllm_llmd.router.settings import RouterSettings
 from vllm_llmd.sim.asks import Ask
 from vllm_llmd.sim.engine import SimEngine
 from vllm_llmd.sim.settings import SimSettings
 from vllm_llmd.simulate import main, traffic
+from vllm_llmd.simulate.events import Events
+from vllm_llmd.simulate.member import Member
 from vllm_llmd.simulate.outcomes import Played
+from vllm_llmd.simulate.routing import Routing
 from vllm_llmd.simulate.settings import SimulateSettings, add_arguments, from_args
+from vllm_llmd.simulate.simulation import Simulation
 from vllm_llmd.simulate.trace import TraceRequest, as_line
 from vllm_llmd.testing.virtual_loop import VirtualLoop
 
@@ -80,6 +86,20 @@ def test_what_the_router_predicts_is_what_engines_find() -> None:
     for outcome in play(settings, "prefix_first").outcomes:
         found = outcome.prompt_tokens - outcome.computed_tokens
         assert found == min(outcome.predicted_cached_tokens, (outcome.prompt_tokens - 1) // 64 * 64)
+
+
+@pytest.mark.parametrize("cpu_gbps", [1.0, 20.0])
+def test_the_router_learns_how_fast_engines_bring_offloaded_blocks_back(cpu_gbps: float) -> None:
+    model = msgspec.structs.replace(SMALL, blocks=400, cpu_blocks=20_000, cpu_gbps=cpu_gbps)
+    settings = msgspec.structs.replace(SETTINGS, synthetic=400, engines=2, rate=2.0, model=model)
+    events, limits, speeds = Events(), model.limits(), model.speeds()
+    policy = policies.make("cost", PolicySettings(settings.min_remote_tokens, random.Random(0)))
+    routing = Routing(RouterSettings(), events, policy)
+    members = [Member(engine, role, limits, speeds) for engine, role in settings.fleet()]
+    Simulation(members, routing, events, settings.heartbeat_ms).run(main.traffic_of(settings))
+    for member in members:
+        learned_ms = routing.fleet.models.rates(member.id).reload_token_ms
+        assert speeds.reload_ms(1) / 2 < learned_ms < 2 * speeds.reload_ms(1)
 
 
 def test_what_follows_an_answer_is_asked_then_and_counts_like_the_others() -> None:
