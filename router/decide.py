@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 
 from vllm_llmd.names import EngineId
 from vllm_llmd.router.candidates import Candidates
-from vllm_llmd.router.policy import Choice, Policy
+from vllm_llmd.router.policy import Choice, Policy, note_placed
 from vllm_llmd.router.request import Facts
 from vllm_llmd.router.seen import Seen
 
@@ -45,6 +45,12 @@ def decide(facts: Facts, candidates: Candidates, policy: Policy) -> Decision | N
     """Where the request goes; None if there is no candidate."""
     choice = policy.choose(facts, candidates)
     return None if choice is None else decision_of(choice, facts, candidates)
+
+
+def placed(decision: Decision, facts: Facts, candidates: Candidates, policy: Policy) -> None:
+    """The request goes there: a policy that keeps state of it is told."""
+    if decision.choice is not None:
+        note_placed(policy, facts, candidates, decision.choice)
 
 
 def decision_of(choice: Choice, facts: Facts, candidates: Candidates) -> Decision:

@@ -14,7 +14,7 @@ from vllm_llmd.router import explain, policies, replies, rewrite, upstream
 from vllm_llmd.router.barred import barred, filtered, saturated
 from vllm_llmd.router.call import Call, Planned, attempt_at
 from vllm_llmd.router.context import Context
-from vllm_llmd.router.decide import Decision, decision_of
+from vllm_llmd.router.decide import Decision, decision_of, placed
 from vllm_llmd.router.decisions import LONGEST_NAME, Made, Outcome, Record
 from vllm_llmd.router.feedback import Feedback, Sent
 from vllm_llmd.router.policy import PolicySettings
@@ -68,10 +68,10 @@ class Dispatcher:
         while len(call.tried) < self._attempts + call.breaks:
             if failure is not None:
                 await asyncio.sleep(pause_ms(len(call.tried), self._rng) / 1000)
-            placed = self._place(call, is_retry=failure is not None)
-            if placed is None:
+            taken = self._place(call, is_retry=failure is not None)
+            if taken is None:
                 break
-            decision, record = placed
+            decision, record = taken
             outcome = await self._try(call, decision, record)
             if not isinstance(outcome, Failure):
                 return outcome
@@ -93,7 +93,10 @@ class Dispatcher:
         if made.decision is not None and is_retry and not self._may_retry():
             return None
         record = self._note(call, made)
-        return None if made.decision is None else (made.decision.without_prices(), record)
+        if made.decision is None:
+            return None
+        placed(made.decision, made.facts, made.candidates, self._policy)
+        return made.decision.without_prices(), record
 
     def plan(self, call: Call) -> Prospect | None:
         """Where the request would go now, and whether it does better to wait. None if nobody can take it."""

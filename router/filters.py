@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_llmd.router.candidates import Candidates, Places, Remotes, Roster
-from vllm_llmd.router.policy import Choice, Policy
+from vllm_llmd.router.policy import Choice, Policy, note_placed
 from vllm_llmd.router.request import Facts
 
 GROUP: Final = "vllm_llmd.filters"
@@ -35,6 +35,9 @@ class Filtered:
         for lets_through in self.lets_through(facts, candidates).values():
             may_decode &= lets_through
         return self._policy.choose(facts, replace(candidates, roster=decoding(candidates.roster, may_decode)))
+
+    def placed(self, facts: Facts, candidates: Candidates, choice: Choice) -> None:
+        note_placed(self._policy, facts, candidates, choice)
 
     def lets_through(self, facts: Facts, candidates: Candidates) -> dict[str, Mask]:
         """What each filter says, by its name."""

@@ -4,8 +4,9 @@ Candidates are spoken of by their places in the columns.
 """
 
 import random
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
+from vllm_llmd.names import EngineId
 from vllm_llmd.router.candidates import Candidates, Column, Counts, Places
 from vllm_llmd.router.policy import Choice
 from vllm_llmd.router.request import Facts
@@ -43,6 +44,14 @@ class Pick(Protocol):
         """One of the eligible, of whom there is at least one."""
 
 
+@runtime_checkable
+class RemembersPicked(Protocol):
+    """A way to pick that keeps state of what was placed."""
+
+    def placed(self, engine: EngineId, facts: Facts) -> None:
+        """The request has gone to this engine, for what such an engine is picked for."""
+
+
 class PickInTurn:
     """A policy that picks a destination, and then by another pick a source, if enough of the prompt is not cached."""
 
@@ -61,3 +70,8 @@ class PickInTurn:
         eligible = sources(candidates, destination)
         source = self._source.pick(eligible, facts, candidates) if len(eligible) else None
         return Choice(destination, source)
+
+    def placed(self, facts: Facts, candidates: Candidates, choice: Choice) -> None:
+        for pick, place in ((self._destination, choice.destination), (self._source, choice.source)):
+            if place is not None and isinstance(pick, RemembersPicked):
+                pick.placed(candidates.roster.id(place), facts)

@@ -1,13 +1,13 @@
 """What a policy is: what it is asked, what it answers, and what it is made from. Values only.
 
-A policy speaks of candidates by their places in the columns. It may keep state between requests; it is asked by one
-thread.
+A policy speaks of candidates by their places in the columns. It may keep state between requests, by what it is told was
+placed rather than by what it was asked; it is asked by one thread.
 """
 
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from vllm_llmd.router.candidates import Candidates, Milliseconds
 from vllm_llmd.router.request import Facts
@@ -44,6 +44,20 @@ class Policy(Protocol):
 
     def choose(self, facts: Facts, candidates: Candidates) -> Choice | None:
         """None if nobody can take it. Never raises: candidates may be none, and their numbers may be anything."""
+
+
+@runtime_checkable
+class RemembersPlaced(Protocol):
+    """A policy that may keep state of what has become of its choices: not every one is taken."""
+
+    def placed(self, facts: Facts, candidates: Candidates, choice: Choice) -> None:
+        """The request goes where `choice` says, which was made among these candidates. Never raises."""
+
+
+def note_placed(policy: Policy, facts: Facts, candidates: Candidates, choice: Choice) -> None:
+    """Tells the policy, if it wants to know."""
+    if isinstance(policy, RemembersPlaced):
+        policy.placed(facts, candidates, choice)
 
 
 Factory = Callable[[PolicySettings], Policy]

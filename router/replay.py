@@ -17,7 +17,7 @@ from vllm_llmd.router.candidates import Candidates
 from vllm_llmd.router.decisions import Outcome
 from vllm_llmd.router.engine_model import UNTIL_FIRST_BYTE
 from vllm_llmd.router.plans import Asked, Party, alone, fetched, prefilled
-from vllm_llmd.router.policy import Choice, Policy
+from vllm_llmd.router.policy import Choice, Policy, note_placed
 from vllm_llmd.router.recorded import Event, Recorded
 from vllm_llmd.router.recording import Began, Ended, Lost
 from vllm_llmd.router.request import Facts
@@ -175,8 +175,10 @@ class Replay:
         self._taken.agreed += 1
         self._count(self._taken, recorded, taken, taken_ms, taken_ms)
         for tally in self._tallies:
-            choice = None if tally.policy is None else tally.policy.choose(recorded.facts, recorded.candidates)
+            assert tally.policy is not None, "made when the router's life began"
+            choice = tally.policy.choose(recorded.facts, recorded.candidates)
             if choice is not None:
+                note_placed(tally.policy, recorded.facts, recorded.candidates, choice)
                 tally.agreed += (choice.destination, choice.source) == (taken.destination, taken.source)
                 self._count(tally, recorded, choice, sum(prices.terms(choice).values()), taken_ms)
 

@@ -34,13 +34,7 @@ class ApproximatePrefix:
         self._text_sent: Counter[EngineId] = Counter()
 
     def pick(self, eligible: Places, facts: Facts, candidates: Candidates) -> int:
-        chunks = chunk_names(facts)
-        picked = self._pick(eligible, chunks, candidates)
-        self._remember(candidates.roster.id(picked), chunks)
-        return picked
-
-    def _pick(self, eligible: Places, chunks: list[int], candidates: Candidates) -> int:
-        requests = candidates.loads.requests
+        chunks, requests = chunk_names(facts), candidates.loads.requests
         fewest, most = requests[eligible].min(), requests[eligible].max()
         if most - fewest > APART_BY and most > fewest * APART_TIMES:
             return least(eligible, requests, self._rng)
@@ -62,8 +56,8 @@ class ApproximatePrefix:
             matched.update(dict.fromkeys(still, depth))
         return matched
 
-    def _remember(self, engine: EngineId, chunks: list[int]) -> None:
-        for chunk in chunks:
+    def placed(self, engine: EngineId, facts: Facts) -> None:
+        for chunk in chunk_names(facts):
             sent = self._sent.setdefault(chunk, set())
             self._sent.move_to_end(chunk)
             self._text_sent[engine] += engine not in sent

@@ -2,6 +2,7 @@
 
 import random
 
+from vllm_llmd.names import EngineId
 from vllm_llmd.router.candidates import Candidates, Places
 from vllm_llmd.router.picker import PickInTurn, least
 from vllm_llmd.router.policy import Policy, PolicySettings
@@ -13,8 +14,10 @@ class InTurn:
         self._count = 0
 
     def pick(self, eligible: Places, facts: Facts, candidates: Candidates) -> int:
-        self._count += 1
         return int(eligible[self._count % len(eligible)])
+
+    def placed(self, engine: EngineId, facts: Facts) -> None:
+        self._count += 1
 
 
 class ByChance:

@@ -12,7 +12,7 @@ from vllm_llmd.names import EngineId, Epoch, Role
 from vllm_llmd.router import filters, policies
 from vllm_llmd.router.barred import barred
 from vllm_llmd.router.candidates import Candidates
-from vllm_llmd.router.decide import Decision, decide
+from vllm_llmd.router.decide import Decision, decide, placed
 from vllm_llmd.router.fleet import Fleet
 from vllm_llmd.router.policy import Policy, PolicySettings
 from vllm_llmd.router.request import Facts, RequestError, read_facts
@@ -212,6 +212,20 @@ def test_a_filter_of_another_package_binds_every_policys_destinations(
     for _ in range(20):
         decision = decided(site, text(1000), chooser)
         assert decision is not None and (decision.destination, decision.source) == ("decode-b", "prefill-a")
+
+
+def test_a_policy_behind_filters_is_told_what_was_placed(monkeypatch: pytest.MonkeyPatch) -> None:
+    filtered(monkeypatch, "only_b")
+    site, chooser, destinations = fleet(), policy("round_robin"), []
+    for which in ("a", "1b", "2b"):
+        join(site, which)
+    for _ in range(3):
+        candidates = site.candidates(text(10), site.cut(text(10)))
+        decision = decide(text(10), candidates, chooser)
+        assert decision is not None
+        placed(decision, text(10), candidates, chooser)
+        destinations.append(decision.destination)
+    assert destinations == ["1b", "2b", "1b"]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -12,9 +12,9 @@ from vllm_llmd.errors import ConfigError
 from vllm_llmd.names import EngineId, Epoch, Role
 from vllm_llmd.router import policies
 from vllm_llmd.router.candidates import Candidates
-from vllm_llmd.router.decide import Decision, decide
+from vllm_llmd.router.decide import Decision, decide, placed
 from vllm_llmd.router.fleet import Fleet
-from vllm_llmd.router.policy import Choice, Policy, PolicySettings
+from vllm_llmd.router.policy import Choice, Policy, PolicySettings, note_placed
 from vllm_llmd.router.request import Facts, read_facts
 from vllm_llmd.router.settings import RouterSettings
 from vllm_llmd.testing.clock import FakeClock
@@ -49,8 +49,10 @@ class Site:
 
     def decide(self, chooser: Policy, asked: Facts | None = None) -> Decision:
         asked = asked or facts()
-        decision = decide(asked, self.candidates(asked), chooser)
+        candidates = self.candidates(asked)
+        decision = decide(asked, candidates, chooser)
         assert decision is not None
+        placed(decision, asked, candidates, chooser)
         return decision
 
     def shares(self, chooser: Policy, requests: int) -> Counter[EngineId]:
@@ -143,6 +145,22 @@ def test_a_text_goes_where_its_beginning_has_gone_before() -> None:
     first = alike.decide(chooser, facts("one " * 300)).destination
     assert {alike.decide(chooser, facts("one " * 300 + str(n))).destination for n in range(20)} == {first}
     assert {alike.decide(chooser, facts(f"{n} " * 300)).destination for n in range(20)} == {"a", "b", "c", "d"}
+
+
+def test_a_text_that_was_asked_about_counts_only_where_it_was_placed() -> None:
+    alike, chooser, asked = site("a", "b", "c", "d"), policy("approximate_prefix"), facts("one " * 300)
+    candidates = alike.candidates(asked)
+    chosen = {decide(asked, candidates, chooser).destination for _ in range(40)}  # type: ignore[union-attr]
+    assert chosen == {"a", "b", "c", "d"}
+    note_placed(chooser, asked, candidates, Choice(candidates.roster.place_of[EngineId("c")]))
+    assert {alike.decide(chooser, asked).destination for _ in range(10)} == {"c"}
+
+
+def test_it_is_the_next_ones_turn_once_a_request_was_placed() -> None:
+    three, chooser = site("a", "b", "c"), policy("round_robin")
+    candidates = three.candidates(facts())
+    assert {decide(facts(), candidates, chooser).destination for _ in range(5)} == {"a"}  # type: ignore[union-attr]
+    assert [three.decide(chooser).destination for _ in range(4)] == ["a", "b", "c", "a"]
 
 
 def test_a_known_text_goes_elsewhere_where_loads_are_far_apart() -> None:

@@ -1,8 +1,9 @@
 """What a request can have at once, and what it would wait for."""
 
 import random
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from vllm_llmd.names import EngineId, Epoch, Role
 from vllm_llmd.router import policies
 from vllm_llmd.router.candidates import Candidates, Loads, RateColumns, Roster
 from vllm_llmd.router.membership import Engine, State
-from vllm_llmd.router.policy import Choice, PolicySettings
+from vllm_llmd.router.policy import Choice, PolicySettings, note_placed
 from vllm_llmd.router.prospects import Prospect, prospect
 from vllm_llmd.router.request import Facts
 from vllm_llmd.wire import EngineInfo, Load
@@ -82,6 +83,17 @@ def test_a_policy_without_prices_takes_the_best_that_has_room() -> None:
     said = Said({"a": 1, "b": 2}, priced=False)
     made = prospect(facts(), columns([engine("a"), engine("b")]), said, lambda each: each.info.id == "a")
     assert made is not None and names(made) == ["b"] and made.wait is None
+
+
+def test_a_policy_that_was_asked_twice_remembers_what_was_placed() -> None:
+    engines, asked = [engine("a"), engine("b")], replace(facts(), text=b"one " * 300)
+    chooser, candidates = policies.make("approximate_prefix", PolicySettings(256, random.Random(0))), columns(engines)
+    note_placed(chooser, asked, candidates, Choice(0))
+    made = prospect(asked, candidates, chooser, lambda each: each.info.id == "a")
+    assert made is not None and names(made) == ["b"]
+    note_placed(chooser, asked, candidates, made.choice)
+    sent = Counter(names(made)[0] for _ in range(40) if (made := prospect(asked, candidates, chooser, lambda _: False)))
+    assert min(sent["a"], sent["b"]) > 5  # both have it by now
 
 
 def test_where_all_are_saturated_it_is_what_the_policy_says() -> None:

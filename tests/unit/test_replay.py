@@ -17,7 +17,7 @@ from vllm_llmd.errors import ConfigError
 from vllm_llmd.names import EngineId, Epoch, Role
 from vllm_llmd.router import policies, replay_command
 from vllm_llmd.router.candidates import Candidates, Loads, RateColumns, Roster
-from vllm_llmd.router.decide import decide
+from vllm_llmd.router.decide import decide, placed
 from vllm_llmd.router.decisions import Decisions, Made, Outcome, Record
 from vllm_llmd.router.engine_model import UNTIL_FIRST_BYTE
 from vllm_llmd.router.membership import Engine, State
@@ -59,6 +59,8 @@ class Run:
         columns = Loads.of(self.engines), RateColumns.of(self.engines)
         candidates = Candidates(self.roster, blocks, blocks // 2, blocks, *columns)
         decision = decide(facts, candidates, self.policy)
+        if decision is not None:
+            placed(decision, facts, candidates, self.policy)
         self.made.append(Made(f"r-{len(self.made)}", 1, facts, cut(facts, 128), candidates, decision, 0.0, 0.1))
         record = self.ring.made(self.made[-1])
         self.content += self.writer.decided(record, self.made[-1])

@@ -4,7 +4,7 @@ from array import array
 from dataclasses import replace
 
 from vllm_llmd.clock import Clock
-from vllm_llmd.router.decide import Decision, decide
+from vllm_llmd.router.decide import Decision, decide, placed
 from vllm_llmd.router.fleet import Fleet
 from vllm_llmd.router.policy import Policy
 from vllm_llmd.router.request import Facts
@@ -39,8 +39,10 @@ class Routing:
         facts = replace(
             _NOTHING, tokens=array("I", text), text=text, prompt_tokens=len(prompt), output_tokens=most_tokens
         )
-        decision = decide(facts, self.fleet.candidates(facts, self._no_text), self._policy)
+        candidates = self.fleet.candidates(facts, self._no_text)
+        decision = decide(facts, candidates, self._policy)
         if decision is not None:
+            placed(decision, facts, candidates, self._policy)
             self.fleet.place(request, decision, facts, self._no_text)
         return decision
 
