@@ -77,7 +77,7 @@ class Admin:
             return replies.error(404, f"There is no engine {engine}.", "engine_not_found")
         change(engine)
         log.info("engine %s: %s", engine, "draining" if known.draining else "gets requests")
-        return web.json_response({"id": engine, "draining": known.draining, "requests": len(known.serving)})
+        return web.json_response({"id": engine, "draining": known.draining, "requests": len(known.occupancy)})
 
     async def _latest(self, http: web.Request) -> web.Response:
         limit = http.query.get("limit", str(SHOWN))
@@ -145,7 +145,7 @@ class Admin:
             "stock": engine.stock is not None,
             "state": engine.state.value,
             "draining": engine.draining,
-            "requests": len(engine.serving),
+            "requests": len(engine.occupancy),
             "circuit": self._fleet.health.standing(info.id).circuit.value,
             "epoch": info.epoch,
             "http": info.http,

@@ -93,8 +93,6 @@ class Engine:
     load: Load = field(default_factory=Load)
     load_at_ms: float = 0.0
     unreported: dict[str, Placed] = field(default_factory=dict)
-    serving: set[str] = field(default_factory=set)
-    """Requests of this router that it has a part in."""
     drained: bool = False
     """An operator has said so."""
     leaving: bool = False
@@ -109,8 +107,7 @@ class Engine:
     """What `usage.Unasked` has learnt from its streams."""
     takes_stream_options: bool = True
     occupancy: Occupancy = field(default_factory=Occupancy)
-    own: Occupancy = field(default_factory=Occupancy)
-    """All requests that this router has in flight here; and those among them that it has sent here itself."""
+    """The requests of this router that it has a part in."""
     line_requests: int = 0
     line_tokens: int = 0
     """Requests that wait in this router for it to have room, and prompt tokens that it would compute for them."""
@@ -127,12 +124,12 @@ class Engine:
     @property
     def requests_ahead(self) -> int:
         """All that it has to do: this router knows at once what has come of its own, and of others by the report."""
-        return len(self.own) + self.other_requests
+        return self.occupancy.own_requests + self.other_requests
 
     @property
     def tokens_ahead(self) -> int:
         """Prompt tokens to prefill, likewise."""
-        return self.own.tokens + self.other_tokens
+        return self.occupancy.own_tokens + self.other_tokens
 
     @property
     def draining(self) -> bool:
@@ -142,15 +139,14 @@ class Engine:
     def place(self, request: str, placed: Placed) -> None:
         """Counts a request that this router sends to it until its own report does."""
         self.ended(request)
-        self.serving.add(request)
         self.occupancy.reported(self.load_at_ms)
-        self.occupancy.sent(request, placed.prefill_tokens)
         self.unreported[request] = placed
         if placed.supplies:
+            self.occupancy.supplies(request, placed.prefill_tokens)
             self.other_requests += 1
             self.other_tokens += placed.prefill_tokens
         else:
-            self.own.sent(request, placed.prefill_tokens)
+            self.occupancy.sent(request, placed.prefill_tokens)
         self.unplaced_ahead += placed.new_tokens
         self._write_row()
 
@@ -158,15 +154,12 @@ class Engine:
         """The request's answer has begun."""
         self.occupancy.reported(self.load_at_ms)
         self.occupancy.answering(request)
-        self.own.answering(request)
         self._write_row()
 
     def ended(self, request: str) -> None:
         """The request is over, reported or not."""
-        self.serving.discard(request)
         self.occupancy.reported(self.load_at_ms)
         self.occupancy.ended(request)
-        self.own.ended(request)
         placed = self.unreported.pop(request, None)
         if placed is not None:
             self.unplaced_ahead -= placed.new_tokens
@@ -185,8 +178,9 @@ class Engine:
         load = plausible(load)
         still = {request: placed for request, placed in self.unreported.items() if placed.at_ms > self.load_at_ms}
         self.load, self.load_at_ms, self.unreported = load, now_ms, still
-        others = max(load.running + load.waiting + load.waiting_for_kv - len(self.own), 0)
-        other_tokens = max(load.prefill_tokens - self.own.tokens, 0) if others or not len(self.own) else 0
+        own_requests, own_tokens = self.occupancy.own_requests, self.occupancy.own_tokens
+        others = max(load.running + load.waiting + load.waiting_for_kv - own_requests, 0)
+        other_tokens = max(load.prefill_tokens - own_tokens, 0) if others or not own_requests else 0
         self.other_requests = others + sum(placed.supplies for placed in still.values())
         self.other_tokens = other_tokens + sum(each.prefill_tokens for each in still.values() if each.supplies)
         unplaced = load.prefill_tokens if load.unplaced_tokens is None else load.unplaced_tokens
@@ -213,7 +207,7 @@ class Engine:
             load.step_ms,
             self.requests_ahead - waiting,
             self.unplaced_ahead,
-            self.own.answering_requests + self.other_requests - waiting,
+            self.occupancy.answering_requests + self.other_requests - waiting,
         )
         if self.entry is not None:
             self.entry.write_load(self.row)

@@ -7,20 +7,33 @@ from dataclasses import dataclass, field
 class Occupancy:
     """`tokens` are prompt tokens to compute for requests that have not begun to answer; `answering_requests` have.
 
-    `newer_requests` and `newer_tokens` are by how much that has changed since the engine's report of `report_ms`.
+    Of the tokens, `supplying_tokens` are for requests that come to the engine from others, as to their source.
+    `newer_requests` and `newer_tokens` are by how much all that has changed since the engine's report of `report_ms`.
     """
 
     tokens: int = 0
     answering_requests: int = 0
+    supplying_tokens: int = 0
     newer_requests: int = 0
     newer_tokens: int = 0
     report_ms: float = 0.0
     _prefills: dict[str, int | None] = field(default_factory=dict)
     """What each has to compute; None once it answers."""
+    _supplying: dict[str, int] = field(default_factory=dict)
+    """Those among them that come by others."""
 
     def __len__(self) -> int:
         """Requests in flight."""
         return len(self._prefills)
+
+    @property
+    def own_requests(self) -> int:
+        """Those that this router has sent there itself."""
+        return len(self._prefills) - len(self._supplying)
+
+    @property
+    def own_tokens(self) -> int:
+        return self.tokens - self.supplying_tokens
 
     def reported(self, report_ms: float) -> None:
         """The engine's latest report is of `report_ms`; it covers what was before."""
@@ -34,11 +47,19 @@ class Occupancy:
             self.newer_requests += 1
             self._count(prefill_tokens)
 
+    def supplies(self, request: str, prefill_tokens: int) -> None:
+        """As `sent`, but the engine gets it from the one that it is the source of."""
+        if request not in self._prefills:
+            self.sent(request, prefill_tokens)
+            self._supplying[request] = prefill_tokens
+            self.supplying_tokens += prefill_tokens
+
     def answering(self, request: str) -> None:
         """Its answer has begun: the prompt is computed."""
         prefill_tokens = self._prefills.get(request)
         if prefill_tokens is not None:
             self._count(-prefill_tokens)
+            self.supplying_tokens -= self._supplying.pop(request, 0)
             self._prefills[request] = None
             self.answering_requests += 1
 
@@ -46,6 +67,7 @@ class Occupancy:
         """It is over, well or not. Counts once."""
         if request not in self._prefills:
             return
+        self.supplying_tokens -= self._supplying.pop(request, 0)
         prefill_tokens = self._prefills.pop(request)
         self.newer_requests -= 1
         if prefill_tokens is None:

@@ -224,6 +224,6 @@ def test_an_engine_has_the_requests_placed_on_it_until_they_end_reported_or_not(
     engine.place("r", Placed(0, 10))
     for now_ms in (1, 2, 3):
         members.reported(A, Load(), now_ms)
-    assert engine.serving == {"r"} and not engine.unreported
+    assert len(engine.occupancy) == 1 and not engine.unreported
     engine.ended("r")
-    assert not engine.serving
+    assert not len(engine.occupancy)

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from vllm_llmd.names import EngineId, Epoch, Role
 from vllm_llmd.router.candidates import Roster
 from vllm_llmd.router.membership import Engine, Placed, State
+from vllm_llmd.router.occupancy import Occupancy
 from vllm_llmd.router.saturation import Limits, has_room, saturated
 from vllm_llmd.wire import EngineInfo, Load
 
@@ -135,3 +136,30 @@ def test_a_request_counts_once(again: str) -> None:
     made.ended("0")
     made.ended("0")
     assert (len(made.occupancy), made.occupancy.tokens, made.occupancy.newer_requests) == (0, 0, 0)
+
+
+steps = st.tuples(st.sampled_from(["sent", "supplies", "answering", "ended"]), st.integers(0, 4), st.integers(0, 9))
+
+
+@given(st.lists(steps))
+def test_what_is_in_flight_adds_up_whatever_comes_and_goes(told: list[tuple[str, int, int]]) -> None:
+    made, open_tokens, own, answering = Occupancy(), dict[int, int](), set[int](), set[int]()
+    for what, request, tokens in told:
+        if what in ("sent", "supplies"):
+            getattr(made, what)(str(request), tokens)
+            if request not in open_tokens | dict.fromkeys(answering, 0):
+                open_tokens[request] = tokens
+                own |= {request} if what == "sent" else set()
+        elif what == "answering":
+            made.answering(str(request))
+            if open_tokens.pop(request, None) is not None:
+                answering.add(request)
+                own.add(request)
+        else:
+            made.ended(str(request))
+            open_tokens.pop(request, None)
+            answering.discard(request)
+            own.discard(request)
+    assert (len(made), made.own_requests) == (len(open_tokens) + len(answering), len(own))
+    assert (made.tokens, made.answering_requests) == (sum(open_tokens.values()), len(answering))
+    assert made.own_tokens == sum(tokens for request, tokens in open_tokens.items() if request in own)
