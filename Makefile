@@ -31,7 +31,7 @@ INTERPRETED := TRITON_INTERPRET=1 $(PYTEST) tests/gpu/test_block_copy_gpu.py
 export PYTHONSAFEPATH := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test check lint format test-unit test-engine test-gpu bench-pd bench-timeline bench-index bench-routing bench-sim bench-step bench-copy \
+.PHONY: demo test check lint format test-unit test-engine test-gpu bench-pd bench-timeline bench-index bench-routing bench-sim bench-scaling bench-step bench-copy \
 	model model-tiny model-smollm2 install lock dist clean distclean help
 
 demo: $(READY) $(SMOLLM2)/$(MARKER) ## two real engines, a router, one chat: ends with one line of JSON
@@ -92,6 +92,10 @@ bench-routing: $(READY) $(SMOLLM2)/$(MARKER) ## placement against other routers,
 bench-sim: $(READY) ## policies on a trace of production, on simulated fleets: TRACE=FILE, ARGS="--engines 8"
 	@test -n "$(TRACE)" || { echo "error: say which trace: make bench-sim TRACE=FILE" >&2; exit 1; }
 	@PYTHONPATH=$(CURDIR)/bench $(PY) -m sim --trace $(TRACE) $(ARGS)
+
+bench-scaling: $(READY) ## are the desired replicas right, on simulated fleets: TRACE=FILE, ARGS="--roles apart"
+	@test -n "$(TRACE)" || { echo "error: say which trace: make bench-scaling TRACE=FILE" >&2; exit 1; }
+	@PYTHONPATH=$(CURDIR)/bench $(PY) -m scaling --trace $(TRACE) $(ARGS)
 
 bench-step: $(READY) ## what the connector costs an engine per step with nothing in flight
 	@$(PY) bench/step_cost.py

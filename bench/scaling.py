@@ -1,17 +1,18 @@
-"""Are the desired replicas right? Plays a trace on simulated fleets of the size that the router wants, and of others.
+"""`make bench-scaling`: are the desired replicas right? Plays a trace on fleets as large as is wanted, and on others.
 
 `steady`: at a load that stays, what the router wants against the smallest fleet that keeps the SLO, found by trying.
-`changing`: the fleet follows what the router wants, as an autoscaler would have it. See docs/autoscaling.md.
+`changing`: the fleet follows what the router wants, as an autoscaler would have it. See bench/README.md.
 """
 
 import argparse
 import json
 import random
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import msgspec
 
@@ -30,6 +31,8 @@ from vllm_llmd.simulate.simulation import Simulation
 from vllm_llmd.simulate.trace import TraceRequest
 
 Sizes = Mapping[Role, int]
+Found = dict[str, Any]
+"""What a fleet has shown, as JSON has it."""
 Controller = Callable[[float, Sizes], Sizes]
 """Given the time and what the router wants, how many engines take requests from now on."""
 
@@ -153,7 +156,7 @@ def settled(args: argparse.Namespace, requests: list[TraceRequest], sizes: Sizes
     return max(circle, key=lambda each: sum(each[0].values()))
 
 
-def steady(args: argparse.Namespace, first: Sizes, speedup: float) -> dict[str, object]:
+def steady(args: argparse.Namespace, first: Sizes, speedup: float) -> Found:
     """What a fleet wants that is large enough, tried, and sizes around it."""
     say(f"{' and '.join(first)}, {speedup:g} times the trace's load")
     requests = read(args, speedup, args.minutes * speedup)
@@ -175,14 +178,14 @@ def steady(args: argparse.Namespace, first: Sizes, speedup: float) -> dict[str, 
     return found
 
 
-def changing(args: argparse.Namespace, first: Sizes) -> list[dict[str, object]]:
+def changing(args: argparse.Namespace, first: Sizes) -> list[Found]:
     """Load that goes up and falls back: a fleet that follows what is wanted, and one of 0.7 times that at any time."""
     say(f"{' and '.join(first)}, at a load that changes")
     requests, most = varying(args), {role: 8 * size for role, size in first.items()}
     followed = Autoscaled(args, most).play(requests, first, Follow(first))
     fewer = iter([{role: max(int(0.7 * size), 1) for role, size in each.items()} for each in followed.had])
     less = Autoscaled(args, most).play(requests, next(fewer), lambda *_: next(fewer))
-    found: list[dict[str, object]] = []
+    found: list[Found] = []
     for name, run in (("wanted", followed), ("0.7 of that", less)):
         engines = {role: round(fmean(each[role] for each in run.had), 2) for role in first}
         largest = {role: max(each[role] for each in run.had) for role in first}
@@ -210,6 +213,20 @@ def varying(args: argparse.Namespace) -> list[TraceRequest]:
     return parts
 
 
+def last_line(steady: Sequence[Found], changing: Sequence[Found]) -> dict[str, object]:
+    """The worst of what was found; None of what was not looked for."""
+    roles = [ratio for found in steady for ratio in found["wanted_to_smallest"].values()]
+    fleets = [sum(found["wanted"].values()) / sum(found["smallest"].values()) for found in steady]
+    followed = [found["good_share"] for found in changing if found["fleet"] == "wanted"]
+    return {
+        "fleets": len(steady),
+        "too_small": sum(found["good_share"] < KEPT_SHARE for found in steady),
+        "wanted_to_smallest": round(max(fleets), 3) if fleets else None,
+        "wanted_to_smallest_of_a_role": max(roles, default=None),
+        "followed_good_share": min(followed, default=None),
+    }
+
+
 def read_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m scaling", description=__doc__.partition("\n")[0])
     parser.add_argument("--trace", type=Path, required=True, help="file in the form of Mooncake's conversation trace")
@@ -230,14 +247,16 @@ def main() -> int:
     args = read_arguments()
     simulate.compile_ahead()
     fleets: dict[str, Sizes] = {"both": {"both": 7}, "apart": {"prefill": 6, "decode": 3}}
-    found: dict[str, list[dict[str, object]]] = {"steady": [], "changing": []}
+    found: dict[str, list[Found]] = {"steady": [], "changing": []}
     for roles in args.roles:
         if "steady" in args.parts:
             found["steady"] += [steady(args, fleets[roles], speedup) for speedup in args.speedups]
         if "changing" in args.parts:
             found["changing"] += changing(args, fleets[roles])
+    last = last_line(found["steady"], found["changing"])
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(found, indent=1) + "\n")
+    args.out.write_text(json.dumps({**found, "last": last}, indent=1) + "\n")
+    say(json.dumps(last))
     return 0
 
 

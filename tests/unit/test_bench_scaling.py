@@ -6,7 +6,7 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "bench"))
 
-from scaling import LOOK_MS, STABLE_MS, START_MS, Autoscaled, Follow, Sizes
+from scaling import LOOK_MS, STABLE_MS, START_MS, Autoscaled, Follow, Sizes, last_line
 
 from vllm_llmd.simulate import main as simulate
 from vllm_llmd.simulate.settings import SimulateSettings
@@ -36,3 +36,22 @@ def test_engines_that_are_not_wanted_get_nothing() -> None:
     run = Autoscaled(args, {"both": 3}).play(requests, one, lambda *_: one)
     assert {each["both"] for each in run.had} == {1}
     assert 0 < run.good_share <= 1
+
+
+def test_the_last_line_is_the_worst_that_was_found() -> None:
+    one = {"wanted": {"both": 6}, "smallest": {"both": 5}, "good_share": 0.95, "wanted_to_smallest": {"both": 1.2}}
+    apart = {
+        "wanted": {"prefill": 8, "decode": 4},
+        "smallest": {"prefill": 7, "decode": 4},
+        "good_share": 0.89,
+        "wanted_to_smallest": {"prefill": 1.143, "decode": 1.0},
+    }
+    followed = [{"fleet": "wanted", "good_share": 0.93}, {"fleet": "0.7 of that", "good_share": 0.2}]
+    assert last_line([one, apart], followed) == {
+        "fleets": 2,
+        "too_small": 1,
+        "wanted_to_smallest": 1.2,
+        "wanted_to_smallest_of_a_role": 1.2,
+        "followed_good_share": 0.93,
+    }
+    assert set(last_line([], []).values()) == {0, None}
