@@ -1,6 +1,7 @@
 """`make bench-sim`: every policy on a production trace, on simulated fleets of three sizes, with and without roles.
 
-Prints a table per cell, keeps every number in a results file, and ends with one JSON object. See bench/README.md.
+Prints a table per cell and writes results after each, so that an interrupted run can be continued. The last line
+printed is one JSON object. See bench/README.md.
 """
 
 import argparse
@@ -9,13 +10,18 @@ import multiprocessing
 import os
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import get_args
 
-import msgspec
-from sim_cells import Cell, Load, Played, Roles, last_line, verdict
+import sim_results
+from sim_cells import Cell, Load, Roles
+from sim_results import Results, Settings
 
+from vllm_llmd.errors import LlmdError
+from vllm_llmd.launch import ToldToStop, signals_as_exceptions
 from vllm_llmd.router import policies
 from vllm_llmd.router.settings import RouterSettings
 from vllm_llmd.simulate import main as simulate
@@ -56,6 +62,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--scale", type=float, default=1.0, help="of the minutes played (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (default: one per core)")
+    parser.add_argument("--resume", action="store_true", help="go on with the results of an interrupted run")
     parser.add_argument("--out", type=Path, default=Path("bench/results/sim.json"), help="default: %(default)s")
     return parser.parse_args()
 
@@ -69,45 +76,61 @@ def cells_of(args: argparse.Namespace) -> list[Cell]:
     ]
 
 
-def main() -> int:
-    args = read_arguments()
+def settings_from(args: argparse.Namespace) -> Settings:
     names = list(dict.fromkeys([args.ours, *args.policies, "round_robin"]))
-    played: list[Played] = []
-    with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
-        cells = cells_of(args)
+    return Settings(trace=Path(args.trace).name, ours=args.ours, policies=names, scale=args.scale, seed=args.seed)
+
+
+def play_all(results: Results, cells: Sequence[Cell], args: argparse.Namespace) -> None:
+    """Every cell that has not been played yet."""
+    names = results.settings.policies
+    with processes(args.jobs) as pool:
         running = [
-            (cell, [pool.submit(play, name, cell.settings(args.trace, args.seed)) for name in names]) for cell in cells
+            (cell, [pool.submit(play, name, cell.settings(args.trace, args.seed)) for name in names])
+            for cell in results.left(cells)
         ]
         for cell, runs in running:
             done = [run.result() for run in runs]
             summaries = [summary for summary, _ in done]
-            played.append(Played(cell.name, cell.engines, cell.roles, cell.load, summaries))
-            told = verdict(played[-1], args.ours)
+            told = results.add(cell, summaries)
+            sim_results.save(results, args.out)
             say(f"\n{cell.name}: {summaries[0].requests:,} requests, {summaries[0].offered:.2f} a second")
             say(table(summaries))
             say(
                 f"{args.ours} against {told.best_other}: {told.ratio:.3f}; simulated requests per second: "
                 f"{min(rate for _, rate in done):,.0f} to {max(rate for _, rate in done):,.0f}"
             )
-    verdicts = [verdict(each, args.ours) for each in played]
-    last = last_line(verdicts)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    results = msgspec.to_builtins({"ours": args.ours, "verdicts": verdicts, "last": last, "cells": slim(played)})
-    args.out.write_text(json.dumps(results, indent=1) + "\n")
-    say("\n" + json.dumps(last))
+
+
+@contextmanager
+def processes(jobs: int) -> Iterator[ProcessPoolExecutor]:
+    """So many. Where the block is left before all is done, they end at once."""
+    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"))
+    try:
+        yield pool
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in multiprocessing.active_children():
+            process.terminate()
+        raise
+    pool.shutdown()
+
+
+def main() -> int:
+    args = read_arguments()
+    settings = settings_from(args)
+    try:
+        with signals_as_exceptions():
+            results = sim_results.load(args.out, settings) if args.resume else Results(settings=settings)
+            play_all(results, cells_of(args), args)
+    except ToldToStop as told:
+        sys.stderr.write(f"{told}: stopped; --resume goes on with the cells that are left\n")
+        return told.status
+    except LlmdError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
+    say("\n" + json.dumps(results.last))
     return 0
-
-
-def slim(played: list[Played]) -> list[Played]:
-    """Without what fills files: single engines, stretches of time, curves."""
-
-    def slimmed(run: Summary) -> Summary:
-        spreads = {
-            name: msgspec.structs.replace(getattr(run, name), curve=[]) for name in ("ttft_ms", "tpot_ms", "e2e_ms")
-        }
-        return msgspec.structs.replace(run, over_time=[], engines=[], **spreads)
-
-    return [msgspec.structs.replace(each, runs=[slimmed(run) for run in each.runs]) for each in played]
 
 
 if __name__ == "__main__":

@@ -8,8 +8,11 @@ import pytest
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "bench"))
 
+import sim_results
 from sim_cells import Cell, Played, last_line, verdict
+from sim_results import Results, Settings
 
+from vllm_llmd.errors import ConfigError
 from vllm_llmd.names import EngineId
 from vllm_llmd.simulate.outcomes import EngineTotals, Outcome
 from vllm_llmd.simulate.outcomes import Played as PlayedTrace
@@ -50,3 +53,38 @@ def test_round_robin_keeps_its_slo_if_nine_of_ten_do() -> None:
 def test_the_last_line_counts_what_was_won_and_tells_the_worst() -> None:
     verdicts = [verdict(cell(run("round_robin", 1.0), run("mine", ours)), "mine") for ours in (0.9, 1.0, 2.0)]
     assert last_line(verdicts) == {"cells": 3, "cells_won": 1, "min_goodput_ratio_to_best_other": 0.9}
+
+
+SETTINGS = Settings(trace="t", ours="mine", policies=["mine", "round_robin"], scale=1.0, seed=0)
+CELLS = [Cell(engines, "aggregated", "light", 1.0) for engines in (8, 64)]
+
+
+def played_once(out: Path) -> Results:
+    results = Results(settings=SETTINGS)
+    results.add(CELLS[0], [run("mine", 2.0), run("round_robin", 1.0)])
+    sim_results.save(results, out)
+    return results
+
+
+def test_an_interrupted_run_goes_on_with_the_cells_that_are_left(tmp_path: Path) -> None:
+    out = tmp_path / "results" / "sim.json"
+    assert Results(settings=SETTINGS).left(CELLS) == CELLS
+    before = played_once(out)
+    again = sim_results.load(out, SETTINGS)
+    assert again == before
+    assert again.left(CELLS) == CELLS[1:]
+    again.add(CELLS[1], [run("mine", 1.0), run("round_robin", 1.0)])
+    assert again.last == {"cells": 2, "cells_won": 1, "min_goodput_ratio_to_best_other": 1.0}
+    assert again.left(CELLS) == []
+
+
+def test_results_of_other_settings_are_not_continued(tmp_path: Path) -> None:
+    out = tmp_path / "sim.json"
+    with pytest.raises(ConfigError, match="leave --resume out"):
+        sim_results.load(out, SETTINGS)
+    played_once(out)
+    with pytest.raises(ConfigError, match="other settings"):
+        sim_results.load(out, msgspec.structs.replace(SETTINGS, seed=1))
+    out.write_text('{"ours": "mine"}')
+    with pytest.raises(ConfigError, match="no results to go on with"):
+        sim_results.load(out, SETTINGS)
