@@ -103,9 +103,13 @@ class Believed:
 
     @property
     def coefficients(self) -> Sequence[float]:
-        return {"prior": PRIORS[self.what], "fleet": self.fleet.coefficients, "engine": self.engine.coefficients}[
-            self.by
-        ]
+        match self.by:
+            case "prior":
+                return PRIORS[self.what]
+            case "fleet":
+                return self.fleet.coefficients
+            case "engine":
+                return self.engine.coefficients
 
     def expected(self, x: Sequence[float]) -> float:
         return sum(each * coefficient for each, coefficient in zip(x, self.coefficients, strict=True))

@@ -34,10 +34,7 @@ class LeastSquares:
         self._factors = [1.0] * len(priors)
         self._spread = [[SPREAD * (row == column) for column in range(len(priors))] for row in range(len(priors))]
         self.count = 0
-
-    @property
-    def coefficients(self) -> list[float]:
-        return [factor * prior for factor, prior in zip(self._factors, self._priors, strict=True)]
+        self.coefficients = list(priors)
 
     def expected(self, x: Sequence[float]) -> float:
         return sum(each * factor * prior for each, factor, prior in zip(x, self._factors, self._priors, strict=True))
@@ -56,6 +53,7 @@ class LeastSquares:
             max(1 / FACTOR, min(factor + gain / certainty * counted, FACTOR))
             for factor, gain in zip(self._factors, gained, strict=True)
         ]
+        self.coefficients = [factor * prior for factor, prior in zip(self._factors, self._priors, strict=True)]
         self._tighten(gained, certainty * max(surprise / SURPRISE, 1.0))
         self.count += 1
 

@@ -215,9 +215,11 @@ class Engine:
 
 def plausible(load: Load) -> Load:
     """The load with every number between 0 and what an engine can have; what is no number counts as 0."""
+    if all(0 <= value <= MOST for value in msgspec.structs.astuple(load) if value is not None):
+        return load
     told = {name: value for name in load.__struct_fields__ if (value := getattr(load, name)) is not None}
     kept = {name: type(value)(min(max(value, 0), MOST)) if math.isfinite(value) else 0 for name, value in told.items()}
-    return load if kept == told else msgspec.structs.replace(load, **kept)
+    return msgspec.structs.replace(load, **kept)
 
 
 class Membership:

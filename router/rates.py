@@ -5,7 +5,8 @@ until they are replaced is that they are the same for every engine.
 """
 
 import struct
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass, fields
+from operator import attrgetter
 from typing import Final
 
 
@@ -57,13 +58,14 @@ class Rates:
 
 
 PRIOR: Final = Rates()
-RATE_COLUMNS: Final = len(astuple(PRIOR))
+RATE_COLUMNS: Final = len(fields(Rates))
+_values: Final = attrgetter(*(each.name for each in fields(Rates)))
 _ROW: Final = struct.Struct(f"{RATE_COLUMNS}d")
 
 
 def packed(rates: Rates) -> bytes:
     """A row of the columns that `candidates.RateColumns` are made of."""
-    return _ROW.pack(*astuple(rates))
+    return _ROW.pack(*_values(rates))
 
 
 PRIOR_ROW: Final = packed(PRIOR)

@@ -24,6 +24,10 @@ class Events:
         """Calls it then. What is past happens now."""
         heapq.heappush(self._queue, (max(when_ms, self._now_ms), next(self._numbers), call, argument))
 
+    def clear(self) -> None:
+        """Nothing of all that happens: nobody is held on to for it any more."""
+        self._queue.clear()
+
     def next(self) -> bool:
         """Lets the next one happen; False if there is none."""
         if not self._queue:

@@ -3,9 +3,11 @@
 The table and the speed go to stdout; JSON and HTML to files, if asked for.
 """
 
+import gc
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
@@ -83,6 +85,23 @@ def played(
     policy: str, settings: SimulateSettings, requests: Sequence[TraceRequest], follow: Follow = nothing_follows
 ) -> Played:
     """What became of each request. The same settings and requests give the same."""
+    with _no_garbage_collection():
+        return _played(policy, settings, requests, follow)
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """A simulation leaves no cycles behind; to look for some in all of a large fleet would take a good part of its time."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def _played(policy: str, settings: SimulateSettings, requests: Sequence[TraceRequest], follow: Follow) -> Played:
     events = Events()
     router = RouterSettings(min_remote_tokens=settings.min_remote_tokens)
     limits = msgspec.structs.replace(settings.model, chunk_tokens=WHOLE_RUN).limits()

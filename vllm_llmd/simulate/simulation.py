@@ -87,6 +87,7 @@ class Simulation:
         while self._unfinished and self._events.next():
             pass
         assert not self._unfinished, "every request ends"
+        self._events.clear()
         self._played.end_ms = self._events.now_ms()
         self._played.engines = [member.totals() for member in self._members]
         self._played.steps = sum(member.model.counts.steps for member in self._members)
