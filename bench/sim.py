@@ -5,7 +5,6 @@ printed is one JSON object. See bench/README.md.
 """
 
 import argparse
-import json
 import multiprocessing
 import os
 import sys
@@ -17,11 +16,10 @@ from pathlib import Path
 from typing import get_args
 
 import sim_results
+from resumable import conclude, status_of
 from sim_cells import Cell, Load, Roles
 from sim_results import Results, Settings
 
-from vllm_llmd.errors import LlmdError
-from vllm_llmd.launch import ToldToStop, signals_as_exceptions
 from vllm_llmd.router import policies
 from vllm_llmd.router.settings import RouterSettings
 from vllm_llmd.simulate import main as simulate
@@ -116,22 +114,13 @@ def processes(jobs: int) -> Iterator[ProcessPoolExecutor]:
     pool.shutdown()
 
 
-def main() -> int:
+def run() -> int:
     args = read_arguments()
     settings = settings_from(args)
-    try:
-        with signals_as_exceptions():
-            results = sim_results.load(args.out, settings) if args.resume else Results(settings=settings)
-            play_all(results, cells_of(args), args)
-    except ToldToStop as told:
-        sys.stderr.write(f"{told}: stopped; --resume goes on with the cells that are left\n")
-        return told.status
-    except LlmdError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 1
-    say("\n" + json.dumps(results.last))
-    return 0
+    results = sim_results.load(args.out, settings) if args.resume else Results(settings=settings)
+    play_all(results, cells_of(args), args)
+    return conclude([], results.last)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(status_of(run))

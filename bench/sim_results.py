@@ -1,4 +1,4 @@
-"""What `make bench-sim` has played so far, as it stands in `results/sim.json`: written after every cell, read to go on."""
+"""What `make bench-sim` has played so far, as it stands in `results/sim.json`: written after every cell."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -7,12 +7,14 @@ half of it; else whoever was sent the least text so far.
 
 import random
 from collections import Counter, OrderedDict
+from collections.abc import Set as AbstractSet
 from typing import Final
 
 import numpy as np
 
+from vllm_llmd.kernels.hash_chain_cpu import piece_names, xxh64
 from vllm_llmd.names import EngineId
-from vllm_llmd.router.candidates import Candidates, Places
+from vllm_llmd.router.candidates import Candidates, Counts, Places
 from vllm_llmd.router.picker import PickInTurn, least
 from vllm_llmd.router.policy import Policy, PolicySettings
 from vllm_llmd.router.request import Facts
@@ -26,6 +28,8 @@ APART_BY: Final = 32
 APART_TIMES: Final = 1.1
 """The defaults of the cache-aware policy of SGLang's router: a share, a number of requests, and a factor."""
 
+NOBODY: Final[AbstractSet[EngineId]] = frozenset()
+
 
 class ApproximatePrefix:
     def __init__(self, rng: random.Random) -> None:
@@ -38,47 +42,53 @@ class ApproximatePrefix:
         fewest, most = requests[eligible].min(), requests[eligible].max()
         if most - fewest > APART_BY and most > fewest * APART_TIMES:
             return least(eligible, requests, self._rng)
-        ids = [candidates.roster.id(int(place)) for place in eligible]
-        matched = self._matched(chunks, ids)
-        if chunks and max(matched.values()) >= MATCHED_FROM * len(chunks):
-            return least(eligible, self._spread(eligible, len(requests), [-matched[each] for each in ids]), self._rng)
-        return least(
-            eligible, self._spread(eligible, len(requests), [self._text_sent[each] for each in ids]), self._rng
-        )
+        matched = self._matched(chunks, candidates)
+        if chunks and matched[eligible].max() >= MATCHED_FROM * len(chunks):
+            return least(eligible, -matched, self._rng)
+        return least(eligible, self._text_sent_to(eligible, candidates), self._rng)
 
-    def _matched(self, chunks: list[int], ids: list[EngineId]) -> dict[EngineId, int]:
-        """How many chunks from the start each of the engines was sent."""
-        matched, still = dict.fromkeys(ids, 0), set(ids)
-        for depth, chunk in enumerate(chunks, 1):
-            still &= self._sent.get(chunk, set())
-            if not still:
-                break
-            matched.update(dict.fromkeys(still, depth))
+    def _matched(self, chunks: list[int], candidates: Candidates) -> Counts:
+        """How many chunks from the start each candidate was sent."""
+        matched = np.zeros(len(candidates), np.int64)
+        depth, still = 0, self._sent.get(chunks[0], NOBODY) if chunks else NOBODY
+        while still:
+            depth += 1
+            further = still & self._sent.get(chunks[depth], NOBODY) if depth < len(chunks) else NOBODY
+            if len(further) < len(still):
+                for engine in still - further:
+                    place = candidates.roster.place_of.get(engine)
+                    if place is not None:
+                        matched[place] = depth
+            still = further
         return matched
 
+    def _text_sent_to(self, eligible: Places, candidates: Candidates) -> Counts:
+        sent = np.zeros(len(candidates), np.int64)
+        sent[eligible] = [self._text_sent[candidates.roster.id(place)] for place in eligible.tolist()]
+        return sent
+
     def placed(self, engine: EngineId, facts: Facts) -> None:
+        sent, new = self._sent, 0
         for chunk in chunk_names(facts):
-            sent = self._sent.setdefault(chunk, set())
-            self._sent.move_to_end(chunk)
-            self._text_sent[engine] += engine not in sent
-            sent.add(engine)
+            known = sent.get(chunk)
+            if known is None:
+                sent[chunk] = {engine}
+                new += 1
+                continue
+            sent.move_to_end(chunk)
+            if engine not in known:
+                known.add(engine)
+                new += 1
+        self._text_sent[engine] += new
         while len(self._sent) > CHUNKS_KEPT:
             for forgetting in self._sent.popitem(last=False)[1]:
                 self._text_sent[forgetting] -= 1
 
-    @staticmethod
-    def _spread(eligible: Places, engines: int, values: list[int]) -> "np.ndarray[tuple[int], np.dtype[np.int64]]":
-        column = np.zeros(engines, np.int64)
-        column[eligible] = values
-        return column
-
 
 def chunk_names(facts: Facts) -> list[int]:
     """A name for each whole chunk of the prompt's text, which stands for all before it, too."""
-    names, name = [], hash(facts.seed)
-    for first in range(0, len(facts.text) - CHUNK_BYTES + 1, CHUNK_BYTES):
-        name = hash((name, facts.text[first : first + CHUNK_BYTES]))
-        names.append(name)
+    whole = len(facts.text) // CHUNK_BYTES * CHUNK_BYTES
+    names: list[int] = piece_names(facts.text[:whole], CHUNK_BYTES, xxh64(facts.seed, 0)).tolist()
     return names
 
 

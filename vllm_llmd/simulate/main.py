@@ -91,7 +91,7 @@ def played(
 
 @contextmanager
 def _no_garbage_collection() -> Iterator[None]:
-    """A simulation leaves no cycles behind; to look for some in all of a large fleet would take a good part of its time."""
+    """A simulation leaves no cycles behind; looking for some in all of a large fleet takes a good part of its time."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
