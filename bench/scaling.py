@@ -69,7 +69,7 @@ class Autoscaled:
         self._slo = settings.slo
         self._events = Events()
         policy = policies.make(args.policy, PolicySettings(settings.min_remote_tokens, random.Random(args.seed)))
-        self._routing = Routing(RouterSettings(), self._events, policy)
+        self._routing = Routing(RouterSettings(policy=args.policy), self._events, policy)
         limits = msgspec.structs.replace(settings.model, chunk_tokens=WHOLE_RUN).limits()
         speeds = settings.model.speeds()
         self._ids = {role: [f"{role}-{n}" for n in range(count)] for role, count in most.items()}

@@ -12,11 +12,16 @@ from vllm_llmd.router.demand import Pool, Prompt, Told, column, prefill_ms
 from vllm_llmd.router.engine_model import ENOUGH, Models
 from vllm_llmd.router.membership import Engine, Membership, State
 from vllm_llmd.router.rates import Rates
-from vllm_llmd.router.scaling import Ability, Demand, Desired, Goal, desired
+from vllm_llmd.router.scaling import MOST, PLACED_AMONG, Ability, Demand, Desired, Goal, desired
 from vllm_llmd.router.settings import RouterSettings
 from vllm_llmd.router.traffic import Served, Traffic, served_name
 
 STARTING: Final = (State.JOINING, State.READY)
+
+BY_QUEUES: Final = ("cost",)
+"""Policies that send a prompt to whichever prefill engine is done with it first, by what that has yet to compute: with
+engines that each take one prompt after the other, that is one queue for all of them.
+"""
 
 LEAST_MS: Final = 1.0
 """What a request that waits takes at least, whatever is known of others."""
@@ -147,6 +152,7 @@ class Replicas:
             prefills_per_ms=per_ms * computes,
             prefill_ms=own_ms,
             until_ms=column([_until_ms(prompt, rates) for prompt in pool.prompts]),
+            placed_among=MOST if role == "prefill" and self._settings.policy in BY_QUEUES else PLACED_AMONG,
             backlog_ms=max(mean_ms, LEAST_MS) * served.waiting * computes + mean_ms * ahead / max(own_tokens, 1.0),
             answers_per_ms=per_ms * answers,
             output_tokens=column([told.output_tokens for told in pool.told]),

@@ -18,7 +18,7 @@ Bound = Literal["ttft", "tpot", "memory", "queue", "min", "max", "unknown"]
 NOTHING: Final[Column] = np.empty(0)
 
 PLACED_AMONG: Final = 2
-"""A prompt waits as if the better of two engines took it: what a router does that hears of load when it has changed."""
+"""A prompt waits as if the better of two engines took it: what a router does that goes by more than queues."""
 
 SPARED: Final = 0.5
 """Of the misses that are allowed: so much is left to queueing, however many objectives cannot be kept by any fleet."""
@@ -39,7 +39,8 @@ class Demand:
     """What is asked of one kind of engines.
 
     Prompts come at `prefills_per_ms`; computing one takes `prefill_ms`, a sample with shape (n,), and it may wait and
-    be computed for `until_ms`, infinite where nobody minds. `backlog_ms` are to be computed already.
+    be computed for `until_ms`, infinite where nobody minds. It waits as in one queue for `placed_among` engines, if there
+    are so many. `backlog_ms` are to be computed already.
     Answers come at `answers_per_ms`: of `output_tokens`, each to take `tpot_ms` at most, with `kv_tokens` in the cache
     on average, and for `held_ms` before the first of them; samples with shape (k,).
     """
@@ -47,6 +48,7 @@ class Demand:
     prefills_per_ms: float = 0.0
     prefill_ms: Column = field(default_factory=lambda: NOTHING)
     until_ms: Column = field(default_factory=lambda: NOTHING)
+    placed_among: int = PLACED_AMONG
     backlog_ms: float = 0.0
     answers_per_ms: float = 0.0
     output_tokens: Column = field(default_factory=lambda: NOTHING)
@@ -176,7 +178,7 @@ def waiting(engines: int, demand: Demand) -> Wait | None:
         return None
     if not busy:
         return Wait(0.0, 1.0)
-    among, mean_ms = min(PLACED_AMONG, engines), _mean(demand.prefill_ms)
+    among, mean_ms = min(demand.placed_among, engines), _mean(demand.prefill_ms)
     square_ms2 = _mean(demand.prefill_ms**2)
     return Wait(
         busy ** (math.sqrt(2 * (among + 1)) - 1), max(square_ms2 / (2 * mean_ms * among * (1 - busy)), LEAST_MS)

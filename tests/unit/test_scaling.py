@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from vllm_llmd.router.scaling import Ability, Demand, Goal, desired, misses, waiting
+from vllm_llmd.router.scaling import MOST, PLACED_AMONG, Ability, Demand, Goal, desired, misses, waiting
 
 ONE = Ability(step_ms=10.0, step_running_ms=0.5, kv_tokens=100_000.0, sequences=256.0)
 GOAL = Goal(missing=0.1, horizon_ms=120_000.0, least=1, most=1000)
@@ -30,6 +30,7 @@ def demands(draw: st.DrawFn) -> Demand:
         prefills_per_ms=draw(paces) if prompts else 0.0,
         prefill_ms=sample(prompts, sizes),
         until_ms=sample(prompts, sizes, st.just(math.inf), st.floats(-100.0, 0.0)),
+        placed_among=draw(st.sampled_from([1, PLACED_AMONG, 5, MOST])),
         backlog_ms=draw(sizes),
         answers_per_ms=draw(paces) if answers else 0.0,
         output_tokens=sample(answers, sizes),
@@ -120,6 +121,26 @@ def test_one_engine_waits_as_in_m_d_1() -> None:
     """Mean wait of constant service at load 0.5 and of one server: half of the service time (Pollaczek-Khinchine)."""
     wait = waiting(1, prompts(per_s=1.0, ms=500.0))
     assert wait is not None and wait.share * wait.mean_ms == pytest.approx(250.0, rel=0.05)
+
+
+@pytest.mark.parametrize(("engines", "busy"), [(2, 0.5), (4, 0.7), (6, 0.8), (20, 0.9)])
+def test_one_queue_for_all_engines_is_waited_in_as_in_m_m_c(engines: int, busy: float) -> None:
+    """Erlang's formula; exponential service, as a sample of its quantiles."""
+    service_ms = -500.0 * np.log1p(-(np.arange(4000) + 0.5) / 4000)
+    load = engines * busy
+    queued = load**engines / math.factorial(engines) / (1 - busy)
+    share = queued / (queued + sum(load**k / math.factorial(k) for k in range(engines)))
+    per_ms = load / float(np.mean(service_ms))
+    wait = waiting(engines, Demand(per_ms, service_ms, np.full(4000, math.inf), placed_among=MOST))
+    assert wait is not None
+    assert wait.share == pytest.approx(share, rel=0.1)
+    assert wait.mean_ms == pytest.approx(500.0 / (engines * (1 - busy)), rel=0.02)
+
+
+def test_the_more_engines_a_prompt_is_placed_among_the_fewer_are_wanted() -> None:
+    asked = replace(prompts(per_s=8.0, ms=700.0, until_ms=2000.0), placed_among=1)
+    wanted = [desired(replace(asked, placed_among=among), ONE, GOAL).replicas for among in (1, 2, MOST)]
+    assert wanted[0] > wanted[1] > wanted[2]
 
 
 def test_prompts_that_come_faster_than_they_are_computed_want_another_engine() -> None:

@@ -14,6 +14,7 @@ from vllm_llmd.router.demand import PARTS, Window
 from vllm_llmd.router.fleet import Fleet
 from vllm_llmd.router.replicas import Plan
 from vllm_llmd.router.request import Facts
+from vllm_llmd.router.scaling import MOST, PLACED_AMONG
 from vllm_llmd.router.seen import Measured, Seen
 from vllm_llmd.router.settings import RouterSettings
 from vllm_llmd.router.slo import NOTHING, Wish
@@ -132,6 +133,19 @@ def test_a_prompt_that_another_engine_computes_is_that_pool_s_demand() -> None:
     assert (decode.prefill_tokens_per_s, prefill.output_tokens_per_s) == (0.0, 0.0)
     assert decode.output_tokens_per_s == pytest.approx(100, rel=0.05)
     assert prefill.desired.replicas > 1
+
+
+def test_only_prefill_engines_that_get_prompts_by_their_queues_count_as_having_one_queue() -> None:
+    wanted = []
+    for policy in ("cost", "round_robin"):
+        site = Site(msgspec.structs.replace(SETTINGS, policy=policy))
+        site.engine("p", "prefill")
+        site.engine("d", "decode")
+        site.play(3, per_s=2.0, destination="d", tokens=20_000, source="p")
+        wanted.append(site.plan("prefill"))
+        assert site.plan("decode").demand.placed_among == PLACED_AMONG
+    assert [plan.demand.placed_among for plan in wanted] == [MOST, PLACED_AMONG]
+    assert wanted[0].desired.replicas < wanted[1].desired.replicas
 
 
 def test_models_are_scaled_apart() -> None:
