@@ -39,8 +39,8 @@ class Demand:
     """What is asked of one kind of engines.
 
     Prompts come at `prefills_per_ms`; computing one takes `prefill_ms`, a sample with shape (n,), and it may wait and
-    be computed for `until_ms`, infinite where nobody minds. It waits as in one queue for `placed_among` engines, if there
-    are so many. `backlog_ms` are to be computed already.
+    be computed for `until_ms`, infinite where nobody minds. It waits as in one queue for `placed_among` engines, where
+    there are so many. `backlog_ms` are to be computed already.
     Answers come at `answers_per_ms`: of `output_tokens`, each to take `tpot_ms` at most, with `kv_tokens` in the cache
     on average, and for `held_ms` before the first of them; samples with shape (k,).
     """
