@@ -9,6 +9,7 @@ from aiohttp import web
 from vllm_llmd.names import EngineId
 from vllm_llmd.router import rewrite
 from vllm_llmd.router.begun import Begun
+from vllm_llmd.router.bodies import Hold
 from vllm_llmd.router.candidates import Candidates
 from vllm_llmd.router.decide import Decision
 from vllm_llmd.router.failover import Way
@@ -18,9 +19,6 @@ from vllm_llmd.router.request import Facts
 from vllm_llmd.router.slo import Wish
 from vllm_llmd.router.text_index import Chunks
 from vllm_llmd.router.upstream import Attempt
-
-Asking = tuple[bytes, Mapping[str, Any]]
-"""A request, raw and parsed, with the usage of its stream asked for."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +33,9 @@ class Planned:
 
 @dataclass
 class Call:
-    """One client request. `asking` is the request with the usage of its stream asked for, where there is a way to.
+    """One client request; `body` is what there is in `raw` besides the prompt, and `facts` what is known of that.
 
+    `asks_usage` says that the usage of its stream can be asked for, and that the client does not ask for it itself.
     `way` is how its stream is continued if it breaks, None where it cannot be. Once its answer has begun, `begun` is
     what the client gets.
     """
@@ -48,9 +47,11 @@ class Call:
     facts: Facts
     chunks: Chunks
     began_ms: float
-    asking: Asking | None
+    asks_usage: bool
     wish: Wish
     way: Way | None
+    hold: Hold
+    """Room for its body."""
     explain: bool = False
     """Whether the client wants to know why."""
     session: str | None = None
@@ -72,9 +73,21 @@ class Call:
         """How many engines have failed midway and left it to others to go on."""
         return self.begun.told.breaks if self.begun is not None and self.begun.told is not None else 0
 
+    def forget_body(self) -> None:
+        """No other engine will be asked: what is known of the request is enough."""
+        self.raw, self.body = b"", {}
+        self.facts = self.facts.without_prompt()
+        self.hold.let_go()
 
-def attempt_at(engine: Engine, call: Call, decision: Decision, asking: Asking | None) -> Attempt:
+
+def asks_usage_of(engine: Engine, call: Call) -> bool:
+    """Whether the engine is asked for a usage that the client does not want."""
+    return call.asks_usage and engine.takes_stream_options
+
+
+def attempt_at(engine: Engine, call: Call, decision: Decision) -> Attempt:
     """What an engine is sent. One without our plugin gets no hint: it would not understand it."""
+    asking = rewrite.asking_for_usage(call.raw, call.body) if asks_usage_of(engine, call) else None
     raw, body = asking or (call.raw, call.body)
     if engine.info.priorities:
         raw, body = rewrite.with_priority(raw, body, call.wish.priority)

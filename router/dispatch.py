@@ -12,7 +12,7 @@ from aiohttp import web
 from vllm_llmd.names import EngineId
 from vllm_llmd.router import explain, policies, replies, rewrite, upstream
 from vllm_llmd.router.barred import barred, filtered, saturated
-from vllm_llmd.router.call import Call, Planned, attempt_at
+from vllm_llmd.router.call import Call, Planned, asks_usage_of, attempt_at
 from vllm_llmd.router.context import Context
 from vllm_llmd.router.decide import Decision, decision_of, placed
 from vllm_llmd.router.decisions import LONGEST_NAME, Made, Outcome, Record
@@ -164,13 +164,13 @@ class Dispatcher:
         assert engine is not None and self._session is not None
         self._fleet.place(call.id, decision, call.facts, call.chunks)
         sent = self._feedback.sending(call, engine, decision, outcome)
-        asking = call.asking if engine.takes_stream_options else None
+        asked_for_usage = asks_usage_of(engine, call)
         try:
-            async with upstream.ask(self._session, attempt_at(engine, call, decision, asking)) as answer:
+            async with upstream.ask(self._session, attempt_at(engine, call, decision)) as answer:
                 if isinstance(answer, Failure):
                     return answer
-                if asking is None or not answer.refuses(rewrite.STREAM_OPTIONS):
-                    return await self._answer(sent, answer, asking is not None)
+                if not asked_for_usage or not answer.refuses(rewrite.STREAM_OPTIONS):
+                    return await self._answer(sent, answer, asked_for_usage)
                 engine.takes_stream_options = False
         finally:
             self._fleet.done(call.id, decision)
@@ -186,6 +186,8 @@ class Dispatcher:
         if call.begun is not None:
             return await self._relay.go_on(call, call.begun, engine, answer)
         call.begun = begun = await self._relay.begin(call, engine, answer, asked_for_usage)
+        if begun.told is None:
+            call.forget_body()
         result = await self._relay.pass_on(call, begun, engine.info.id, answer)
         self._feedback.ended(sent, answer, begun.meter, isinstance(result, Failure))
         return result

@@ -71,7 +71,7 @@ class Feedback:
         outcome, usage_told = sent.outcome, meter.usage
         outcome.last_byte_ms = self._clock.now_ms() - sent.at_ms
         if usage_told is not None:
-            self._fleet.lengths.told(sent.call.facts, usage_told.prompt_tokens)
+            self._fleet.lengths.told(sent.call.facts, sent.call.chunks.text_bytes, usage_told.prompt_tokens)
             outcome.prompt_tokens, outcome.cached_tokens = usage_told.prompt_tokens, usage_told.cached_tokens
             outcome.completion_tokens = usage_told.completion_tokens
         if answer.status == 200 and not failed and outcome.first_byte_ms is not None:

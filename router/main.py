@@ -113,7 +113,7 @@ def _recorder(settings: RouterSettings, metrics: Metrics) -> Recorder | None:
 def _application(context: Context) -> web.Application:
     settings = context.settings
     middlewares = [in_openai_shape, *([bearer_guard(settings.api_key)] if settings.api_key else [])]
-    app = web.Application(middlewares=middlewares, client_max_size=settings.max_body_bytes)
+    app = web.Application(middlewares=middlewares)
     Front(context).add_routes(app)
     Admin(context).add_routes(app)
     return app

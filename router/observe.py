@@ -11,6 +11,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from vllm_llmd.names import TIERS
+from vllm_llmd.router.bodies import Bodies
 from vllm_llmd.router.fleet import Fleet
 from vllm_llmd.router.flow import Flow
 from vllm_llmd.router.health import Circuit
@@ -207,6 +208,7 @@ class Metrics:
             "vllm_llmd_held_requests", "Requests that waited for one engine though others had room"
         )
         self._queued = self._gauge("vllm_llmd_queued_requests", "Requests that wait in the router", ["band"])
+        self._body_bytes = self._gauge("vllm_llmd_body_bytes", "Bytes of request bodies that the router holds")
         self._queued_bytes = self._gauge("vllm_llmd_queued_bytes", "Bytes of bodies that wait in the router")
 
     def _count_records(self) -> None:
@@ -221,6 +223,10 @@ class Metrics:
         for label in get_args(Band):
             self._queued.labels(label).set_function(partial(_queued, flow, label))
         self._queued_bytes.set_function(lambda: flow.size_bytes)
+
+    def watch_bodies(self, bodies: Bodies) -> None:
+        """Exposes how much is held of them."""
+        self._body_bytes.set_function(lambda: bodies.size_bytes)
 
     def add(self, collector: Collector) -> None:
         """Exposes more."""

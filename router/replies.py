@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from aiohttp import web
 
@@ -38,15 +38,18 @@ def models(longest: Mapping[str, int], created_s: int) -> dict[str, Any]:
     return {"object": "list", "data": data}
 
 
-_SHED: Final[dict[Reason, tuple[int, str, str]]] = {
+Refusal = Reason | Literal["bodies-full"]
+
+_SHED: Final[dict[Refusal, tuple[int, str, str]]] = {
     "queue-full": (429, "rejected-saturated", "Every engine is saturated and the queue is full: try again later."),
     "displaced": (429, "rejected-saturated", "The queue is full and others had to go first: try again later."),
+    "bodies-full": (429, "rejected-saturated", "The router holds as many request bodies as it may: try again later."),
     "expired": (503, "rejected-ttl-expired", "No engine was free for as long as the request could wait."),
     "shutting-down": (503, "rejected-shutting-down", "The router is shutting down: ask another."),
 }
 
 
-def shed(reason: Reason, retry_after_s: int) -> web.Response:
+def shed(reason: Refusal, retry_after_s: int) -> web.Response:
     """The request was refused, or waited in vain. No engine has seen it. Says why in our header and in llm-d's."""
     status, llm_d, text = _SHED[reason]
     response = error(status, text, reason.replace("-", "_"))
@@ -54,6 +57,12 @@ def shed(reason: Reason, retry_after_s: int) -> web.Response:
     response.headers[REASON_HEADER] = reason
     response.headers["x-llm-d-request-dropped-reason"] = llm_d
     return response
+
+
+def too_large(most_bytes: int) -> web.Response:
+    """A body that the router never takes."""
+    text = f"The request body is too large: at most {most_bytes} bytes are taken. Ask with a shorter prompt, or have "
+    return error(413, text + "the router run with higher --max-body-bytes and --bodies-bytes.", "request_too_large")
 
 
 _NOBODY: Final[dict[Bar, tuple[str, str]]] = {

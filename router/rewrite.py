@@ -50,22 +50,27 @@ def with_hint(raw: bytes, body: Mapping[str, Any], hint: Mapping[str, Any]) -> b
     return _with_member(raw, body, HINT_KEY, hint)
 
 
+def may_ask_for_usage(body: Mapping[str, Any]) -> bool:
+    """Whether the answer is a stream whose usage can be asked for, and the client does not ask for it."""
+    options = body.get(STREAM_OPTIONS)
+    if body.get("stream") is not True or not isinstance(options, Mapping | None):
+        return False
+    return options is None or options.get("include_usage") in (None, False)
+
+
 def asking_for_usage(raw: bytes, body: Mapping[str, Any]) -> "tuple[bytes, Mapping[str, Any]] | None":
     """The request, raw and parsed, with the usage of its stream asked for. None if there is no need or no way to.
 
     The bytes stay as they are unless the client has stream options of its own.
     """
+    if not may_ask_for_usage(body):
+        return None
     options = body.get(STREAM_OPTIONS)
-    if body.get("stream") is not True or not isinstance(options, Mapping | None):
-        return None
-    if options is not None and options.get("include_usage") not in (None, False):
-        return None
     asking = {**(options or {}), "include_usage": True}
     if "continuous_usage_stats" in asking:  # which says nothing unless usage is included
         asking["continuous_usage_stats"] = False
     if STREAM_OPTIONS in body:
-        asked = {**parse_body(raw), STREAM_OPTIONS: asking}
-        return json.dumps(asked).encode(), asked
+        return json.dumps({**parse_body(raw), STREAM_OPTIONS: asking}).encode(), {**body, STREAM_OPTIONS: asking}
     return _with_member(raw, body, STREAM_OPTIONS, asking), {**body, STREAM_OPTIONS: asking}
 
 

@@ -25,6 +25,8 @@ _AT_LEAST_1 = (
     "engine_requests",
     "engine_prefill_tokens",
     "queue_bytes",
+    "bodies_bytes",
+    "max_body_bytes",
     "queue_ttl_ms",
     "slo_ttft_ms",
     "slo_tpot_ms",
@@ -60,6 +62,7 @@ class RouterSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     continuations: int = 2
     shutdown_ms: int = 5000
     max_body_bytes: int = 64 << 20
+    bodies_bytes: int = 1 << 30
     text_chunk_bytes: int = 256
     text_chunks: int = 200_000
     index_blocks: int = 4_000_000
@@ -127,6 +130,7 @@ _FLAGS: Mapping[str, str] = {
     "continuations": "how often a stream that breaks midway is continued on another engine, where that is exact",
     "shutdown_ms": "how long requests in flight may take to end when the router is told to stop",
     "max_body_bytes": "largest request body accepted",
+    "bodies_bytes": "bytes of request bodies that the router holds at a time; more are refused",
     "text_chunk_bytes": "bytes of prompt text per entry of the text index",
     "text_chunks": "entries kept in the text index, about 150 bytes of memory each",
     "index_blocks": "different blocks that each 64 engines may hold in a tier, up to 40 bytes of memory each",

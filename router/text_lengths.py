@@ -29,9 +29,8 @@ class TextLengths:
             return facts
         return replace(facts, prompt_tokens=round(len(facts.text) * known.value))
 
-    def told(self, facts: Facts, prompt_tokens: int) -> None:
-        """An answer has told of this prompt; of several in one request it tells the sum."""
-        text_bytes = len(facts.text)
+    def told(self, facts: Facts, text_bytes: int, prompt_tokens: int) -> None:
+        """An answer has told of this prompt of so many bytes; of several in one request it tells the sum."""
         if facts.tokens is not None or facts.prompts != 1:
             return
         if not text_bytes / MOST_BYTES_PER_TOKEN <= prompt_tokens <= text_bytes:

@@ -72,6 +72,7 @@ async def ask(session: aiohttp.ClientSession, attempt: Attempt) -> AsyncIterator
     except BROKEN as error:
         yield Failure(said(error))
         return
+    del attempt  # its body, which may be large, is sent
     try:
         yield await _begin(response)
     finally:

@@ -92,6 +92,7 @@ PURE = (
     "router/barred.py",
     "router/admission.py",
     "router/flow.py",
+    "router/bodies.py",
     "router/occupancy.py",
     "router/saturation.py",
     "router/slo.py",
@@ -173,6 +174,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     "aiohttp": (
         "kv_connector/orders.py",
         "router/front.py",
+        "router/intake.py",
         "router/begun.py",
         "router/call.py",
         "router/dispatch.py",
