@@ -58,6 +58,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--policies", nargs="+", default=policies.names(), help="default: all, %(default)s")
     parser.add_argument("--ours", default=RouterSettings().policy, help="default: the router's, %(default)s")
     parser.add_argument("--scale", type=float, default=1.0, help="of the minutes played (default: %(default)s)")
+    parser.add_argument("--waiting", choices=["router", "engines"], default="router", help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (default: one per core)")
     parser.add_argument("--resume", action="store_true", help="go on with the results of an interrupted run")
@@ -76,7 +77,14 @@ def cells_of(args: argparse.Namespace) -> list[Cell]:
 
 def settings_from(args: argparse.Namespace) -> Settings:
     names = list(dict.fromkeys([args.ours, *args.policies, "round_robin"]))
-    return Settings(trace=Path(args.trace).name, ours=args.ours, policies=names, scale=args.scale, seed=args.seed)
+    return Settings(
+        trace=Path(args.trace).name,
+        ours=args.ours,
+        policies=names,
+        scale=args.scale,
+        seed=args.seed,
+        waiting=args.waiting,
+    )
 
 
 def play_all(results: Results, cells: Sequence[Cell], args: argparse.Namespace) -> None:
@@ -84,7 +92,7 @@ def play_all(results: Results, cells: Sequence[Cell], args: argparse.Namespace) 
     names = results.settings.policies
     with processes(args.jobs) as pool:
         running = [
-            (cell, [pool.submit(play, name, cell.settings(args.trace, args.seed)) for name in names])
+            (cell, [pool.submit(play, name, cell.settings(args.trace, args.seed, args.waiting)) for name in names])
             for cell in results.left(cells)
         ]
         for cell, runs in running:

@@ -7,7 +7,7 @@ from typing import Final, Literal
 import msgspec
 
 from vllm_llmd.simulate.report import Summary
-from vllm_llmd.simulate.settings import SimulateSettings
+from vllm_llmd.simulate.settings import Place, SimulateSettings
 
 Roles = Literal["aggregated", "disaggregated"]
 Load = Literal["light", "heavy"]
@@ -43,7 +43,7 @@ class Cell:
     def name(self) -> str:
         return f"{self.engines} {self.roles} {self.load}"
 
-    def settings(self, trace: str, seed: int) -> SimulateSettings:
+    def settings(self, trace: str, seed: int, waiting: Place = "router") -> SimulateSettings:
         return SimulateSettings(
             trace=trace,
             engines=self.engines,
@@ -51,6 +51,7 @@ class Cell:
             copies=max(self.engines // COPY_ENGINES, 1),
             minutes=self.minutes,
             speedup=SPEEDUPS[self.roles, self.load],
+            waiting=waiting,
             seed=seed,
         )
 

@@ -8,6 +8,7 @@ from sim_cells import Cell, Played, Verdict, last_line, verdict
 
 from vllm_llmd.errors import ConfigError
 from vllm_llmd.simulate.report import Summary
+from vllm_llmd.simulate.settings import Place
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -18,6 +19,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     policies: list[str]
     scale: float
     seed: int
+    waiting: Place = "engines"
+    """Nobody waited in the router before this was told."""
 
 
 class Results(msgspec.Struct, kw_only=True):
@@ -45,9 +48,8 @@ def slim(played: Played) -> Played:
     """Without what fills files: single engines, stretches of time, curves."""
 
     def slimmed(run: Summary) -> Summary:
-        spreads = {
-            name: msgspec.structs.replace(getattr(run, name), curve=[]) for name in ("ttft_ms", "tpot_ms", "e2e_ms")
-        }
+        timed = ("ttft_ms", "tpot_ms", "e2e_ms", "waited_ms")
+        spreads = {name: msgspec.structs.replace(getattr(run, name), curve=[]) for name in timed}
         return msgspec.structs.replace(run, over_time=[], engines=[], **spreads)
 
     return msgspec.structs.replace(played, runs=[slimmed(run) for run in played.runs])

@@ -140,6 +140,7 @@ PURE = (
     "vllm_llmd/simulate/table.py",
     "vllm_llmd/simulate/trace.py",
     "vllm_llmd/simulate/traffic.py",
+    "vllm_llmd/simulate/waiting.py",
     "vllm_llmd/names.py",
     "vllm_llmd/labels.py",
     "vllm_llmd/tables.py",

@@ -167,7 +167,7 @@ def online(model: SimSettings, requests: Sequence[TraceRequest]) -> list[tuple[f
 
 @pytest.mark.parametrize("rate", [2.0, 20.0])
 def test_a_simulated_fleet_of_one_takes_as_long_as_the_engine_online(rate: float) -> None:
-    settings = msgspec.structs.replace(SETTINGS, synthetic=60, engines=1, rate=rate)
+    settings = msgspec.structs.replace(SETTINGS, synthetic=60, engines=1, rate=rate, waiting="engines")
     requests = main.traffic_of(settings)
     offline = main.played("round_robin", settings, requests).outcomes
     for outcome, (ttft_s, e2e_s) in zip(offline, online(SMALL, requests), strict=True):
@@ -198,7 +198,7 @@ def test_a_trace_is_played_and_reported(tmp_path: Path) -> None:
         ("weighted", 60, 60),
     ]
     page = html.read_text()
-    assert page.count("<svg") == 10
+    assert page.count("<svg") == 11
     assert "://" not in page and "<script" not in page and "<link" not in page
 
 

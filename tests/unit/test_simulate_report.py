@@ -67,6 +67,17 @@ def test_a_summary_adds_up() -> None:
     assert sum(each.requests for each in told.over_time) == 4
 
 
+def test_what_was_sent_away_counts_as_shed_and_what_waited_tells_for_how_long() -> None:
+    waited = outcome(0, 50, 5)
+    waited.sent_ms = 30.0
+    passed = outcome(0, 50, 5)
+    passed.sent_ms = 0.0
+    away = Outcome(10, 9, 9, shed="expired")
+    told = summary("p", Played([waited, passed, away], PLAYED.engines, 4000.0), SLO)
+    assert (told.requests, told.ended, told.shed, told.refused, told.good) == (3, 2, 1, 0, 2)
+    assert (told.waited_share, told.waited_ms.p50) == (0.5, 30.0)
+
+
 def test_percentiles_lie_on_their_curve() -> None:
     spread = Spread.of([float(value) for value in range(101)])
     assert (spread.p50, spread.p90, spread.p99, spread.mean) == (50, 90, 99, 50)

@@ -103,10 +103,9 @@ def _no_garbage_collection() -> Iterator[None]:
 
 def _played(policy: str, settings: SimulateSettings, requests: Sequence[TraceRequest], follow: Follow) -> Played:
     events = Events()
-    router = RouterSettings(min_remote_tokens=settings.min_remote_tokens)
     limits = msgspec.structs.replace(settings.model, chunk_tokens=WHOLE_RUN).limits()
     members = [Member(engine, role, limits, settings.model.speeds()) for engine, role in settings.fleet()]
-    routing = Routing(router, events, _policy(policy, settings))
+    routing = Routing(settings.router(), events, _policy(policy, settings))
     return Simulation(members, routing, events, settings.heartbeat_ms).run(requests, follow)
 
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from vllm_llmd.names import EngineId
+from vllm_llmd.router.flow import Reason
 
 
 @dataclass(slots=True)
@@ -10,7 +11,8 @@ class Outcome:
     """One request. Times are virtual milliseconds; None where it has not come so far.
 
     `computed_tokens` of the prompt were computed somewhere, at the destination or its source; the others were cached.
-    `refused` says why it was never served.
+    At `sent_ms` it left the router for its destination. `refused` says why it could never be served, `shed` why the
+    router sent it away.
     """
 
     at_ms: float
@@ -21,9 +23,16 @@ class Outcome:
     predicted_cached_tokens: int = 0
     computed_tokens: int = 0
     made_tokens: int = 0
+    sent_ms: float | None = None
     first_ms: float | None = None
     last_ms: float | None = None
     refused: str | None = None
+    shed: Reason | None = None
+
+    @property
+    def waited_ms(self) -> float:
+        """In the router; 0 for one that was not sent."""
+        return 0.0 if self.sent_ms is None else self.sent_ms - self.at_ms
 
     @property
     def ttft_ms(self) -> float | None:

@@ -68,6 +68,11 @@ def _plots(report: Report) -> str:
         lines(_distribution("Time to first token", [(run.policy, run.ttft_ms) for run in runs], settings.slo_ttft_ms)),
         lines(_distribution("Time per token after", [(run.policy, run.tpot_ms) for run in runs], settings.slo_tpot_ms)),
         lines(_distribution("Whole answer", [(run.policy, run.e2e_ms) for run in runs], None)),
+        lines(
+            _distribution(
+                "Wait in the router, where there was any", [(run.policy, run.waited_ms) for run in runs], None
+            )
+        ),
         lines(Chart("Good over time", "s", "% of the requests that came", good)),
         lines(Chart("90th percentile of time to first token", "s", "ms", waited, y_scale="log")),
         lines(Chart("Arrivals", "s", "requests per stretch", arrived)),

@@ -59,13 +59,15 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     """One policy on one trace.
 
     `good` requests kept the SLO; `goodput` is how many came per second, over the time in which requests came.
-    `cached_share` of all prompt tokens were computed nowhere. `lasts_s` is until the last answer ended.
+    `refused` requests fit no engine, `shed` were sent away by the router. `waited_share` of the others waited in it,
+    for `waited_ms`. `cached_share` of all prompt tokens were computed nowhere. The last answer ended after `lasts_s`.
     """
 
     policy: str
     requests: int
     ended: int
     refused: int
+    shed: int
     good: int
     good_share: float
     goodput: float
@@ -73,6 +75,8 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     ttft_ms: Spread
     tpot_ms: Spread
     e2e_ms: Spread
+    waited_share: float
+    waited_ms: Spread
     prompt_tokens: int
     output_tokens: int
     output_tokens_per_s: float
@@ -98,7 +102,9 @@ def is_good(outcome: Outcome, slo: Slo) -> bool:
 def summary(policy: str, played: Played, slo: Slo) -> Summary:
     """The numbers of one run."""
     outcomes = played.outcomes
-    ended = [outcome for outcome in outcomes if outcome.refused is None]
+    shed = sum(outcome.shed is not None for outcome in outcomes)
+    ended = [outcome for outcome in outcomes if outcome.refused is None and outcome.shed is None]
+    waited_ms = [outcome.waited_ms for outcome in ended if outcome.waited_ms > 0]
     good = sum(is_good(outcome, slo) for outcome in outcomes)
     comes_s = max((outcomes[-1].at_ms - outcomes[0].at_ms) / 1000, 1e-9)
     lasts_s = max((played.end_ms - outcomes[0].at_ms) / 1000, 1e-9)
@@ -109,7 +115,8 @@ def summary(policy: str, played: Played, slo: Slo) -> Summary:
         policy=policy,
         requests=len(outcomes),
         ended=len(ended),
-        refused=len(outcomes) - len(ended),
+        refused=len(outcomes) - len(ended) - shed,
+        shed=shed,
         good=good,
         good_share=round(good / len(outcomes), 4),
         goodput=round(good / comes_s, 4),
@@ -117,6 +124,8 @@ def summary(policy: str, played: Played, slo: Slo) -> Summary:
         ttft_ms=Spread.of([each.ttft_ms for each in ended if each.ttft_ms is not None]),
         tpot_ms=Spread.of([each.tpot_ms for each in ended if each.tpot_ms is not None]),
         e2e_ms=Spread.of([each.e2e_ms for each in ended if each.e2e_ms is not None]),
+        waited_share=_share(len(waited_ms), len(ended)),
+        waited_ms=Spread.of(waited_ms),
         prompt_tokens=prompt_tokens,
         output_tokens=output_tokens,
         output_tokens_per_s=round(output_tokens / lasts_s, 1),

@@ -1,37 +1,63 @@
 """The real router's part of a simulation: its fleet, told by messages, and a policy that decides. Pure."""
 
 from array import array
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from vllm_llmd.clock import Clock
-from vllm_llmd.router.decide import Decision, decide, placed
+from vllm_llmd.router.admission import Admission
+from vllm_llmd.router.candidates import Candidates
+from vllm_llmd.router.decide import Decision, decision_of, placed
 from vllm_llmd.router.fleet import Fleet
+from vllm_llmd.router.flow import Arrival, Pool
+from vllm_llmd.router.membership import Engine
 from vllm_llmd.router.policy import Policy
+from vllm_llmd.router.prospects import Prospect, prospect
 from vllm_llmd.router.request import Facts
 from vllm_llmd.router.seen import Measured
 from vllm_llmd.router.settings import RouterSettings
+from vllm_llmd.router.slo import NOTHING, Wish
 from vllm_llmd.simulate.trace import Tokens
 from vllm_llmd.wire import LinkMessage
 
 _NOTHING = Facts(None, None, b"", b"", 0, None)
 
 
+@dataclass(frozen=True)
+class Call:
+    """One request at the router."""
+
+    id: str
+    facts: Facts
+    wish: Wish = NOTHING
+
+
+@dataclass(frozen=True)
+class _Planned:
+    """Where a request would go if it was placed at once, and what that was found among."""
+
+    request: str
+    candidates: Candidates
+    prospect: Prospect
+
+
 class Routing:
-    """Does for a request what `router/dispatch.py` does, without HTTP."""
+    """Does for a request what `router/front.py` and `router/dispatch.py` do, without HTTP."""
 
     def __init__(self, settings: RouterSettings, clock: Clock, policy: Policy) -> None:
         self.fleet = Fleet(settings, clock, "simulated")
+        self.admission = Admission(settings, self.fleet)
+        self._settings = settings
+        self._clock = clock
         self._policy = policy
         self._no_text = self.fleet.cut(_NOTHING)
+        self._planned: _Planned | None = None
 
     def told(self, message: LinkMessage) -> None:
         """An engine says so. What the router owes it in return, a simulated engine does not need."""
         self.fleet.on_message(b"", message)
 
-    def decide(self, request: str, prompt: Tokens, most_tokens: int | None = None) -> Decision | None:
-        """Where a prompt of token ids goes, and from whom its KV comes; counted until `done`.
-
-        The client may have set a bound on the answer, in tokens.
+    def call(self, request: str, prompt: Tokens, most_tokens: int | None = None) -> Call:
+        """A prompt of token ids. The client may have set a bound on the answer, in tokens.
 
         Policies that look at text see four bytes for each token.
         """
@@ -39,12 +65,46 @@ class Routing:
         facts = replace(
             _NOTHING, tokens=array("I", text), text=text, prompt_tokens=len(prompt), output_tokens=most_tokens
         )
-        candidates = self.fleet.candidates(facts, self._no_text)
-        decision = decide(facts, candidates, self._policy)
-        if decision is not None:
-            placed(decision, facts, candidates, self._policy)
-            self.fleet.place(request, decision, facts, self._no_text)
+        return Call(request, facts)
+
+    def arrival(self, call: Call) -> Arrival:
+        """What of it decides how it waits."""
+        facts = call.facts
+        return Arrival(
+            id=call.id,
+            pool=Pool(self.fleet.rosters.wanted(facts), facts.prompt_tokens >= self._settings.min_remote_tokens),
+            prompt_tokens=facts.prompt_tokens,
+            max_tokens=facts.output_tokens,
+            size_bytes=len(facts.text),
+            arrived_ms=self._clock.now_ms(),
+        )
+
+    def plan(self, call: Call) -> Prospect | None:
+        """Where it would go now, and whether it does better to wait. None if nobody can take it."""
+        candidates = self.fleet.candidates(call.facts, self._no_text)
+        found = prospect(call.facts, candidates, self._policy, self._is_saturated)
+        self._planned = None if found is None else _Planned(call.id, candidates, found)
+        return found
+
+    def place(self, call: Call) -> Decision | None:
+        """Where it goes, and from whom its KV comes; counted until `done`. None if nobody can take it.
+
+        That is where it has just been planned to go, unless it was then still to wait.
+        """
+        planned = self._planned
+        if planned is None or planned.request != call.id or planned.prospect.wait is not None:
+            self.plan(call)
+            planned = self._planned
+        self._planned = None
+        if planned is None:
+            return None
+        decision = decision_of(planned.prospect.choice, call.facts, planned.candidates)
+        placed(decision, call.facts, planned.candidates, self._policy)
+        self.fleet.place(call.id, decision, call.facts, self._no_text)
         return decision
+
+    def _is_saturated(self, engine: Engine) -> bool:
+        return self.admission.is_saturated(engine, self._clock.now_ms())
 
     def answering(self, request: str, decision: Decision) -> None:
         """The first token has come."""

@@ -8,6 +8,7 @@ import msgspec
 
 from vllm_llmd.errors import ConfigError
 from vllm_llmd.names import EngineId, Role
+from vllm_llmd.router.settings import RouterSettings
 from vllm_llmd.sim import settings as sim_settings
 from vllm_llmd.sim.settings import SimSettings
 
@@ -19,6 +20,15 @@ BLOCKS: Final = 3072
 
 WHOLE_RUN: Final = 10_000
 """Steps taken together: nobody looks at single tokens."""
+
+ROUTER: Final = RouterSettings()
+
+NEVER: Final = 1_000_000_000
+"""No engine ever has so much to do: with this as its bounds, nobody waits in the router."""
+
+
+Place = Literal["router", "engines"]
+"""Where requests wait."""
 
 
 class Slo(msgspec.Struct, frozen=True, kw_only=True):
@@ -49,6 +59,11 @@ class SimulateSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     slo_tpot_ms: float = 100.0
     heartbeat_ms: float = 500.0
     min_remote_tokens: int = 256
+    waiting: Place = "router"
+    engine_queue: int = ROUTER.engine_queue
+    engine_prefill_tokens: int = ROUTER.engine_prefill_tokens
+    queue_requests: int = ROUTER.queue_requests
+    queue_ttl_ms: int = ROUTER.queue_ttl_ms
     seed: int = 0
     json: str | None = None
     html: str | None = None
@@ -76,6 +91,21 @@ class SimulateSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     def slo(self) -> Slo:
         return Slo(ttft_ms=self.slo_ttft_ms, tpot_ms=self.slo_tpot_ms)
 
+    def router(self) -> RouterSettings:
+        """The router of the fleet. Raises ConfigError for settings out of range."""
+        heartbeat_ms = max(round(self.heartbeat_ms), 1)
+        in_router = self.waiting == "router"
+        return RouterSettings(
+            min_remote_tokens=self.min_remote_tokens,
+            heartbeat_ms=heartbeat_ms,
+            stale_after_ms=2 * heartbeat_ms,  # of no effect: engines fall silent only where nothing happens
+            gone_after_ms=3 * heartbeat_ms,
+            engine_queue=self.engine_queue if in_router else NEVER,
+            engine_prefill_tokens=self.engine_prefill_tokens if in_router else NEVER,
+            queue_requests=self.queue_requests,
+            queue_ttl_ms=self.queue_ttl_ms,
+        )
+
     def fleet(self) -> list[tuple[EngineId, Role]]:
         """Every engine by name, with its role."""
         if not self.prefill:
@@ -100,6 +130,11 @@ _FLAGS: Mapping[str, str] = {
     "slo_tpot_ms": "time per token after the first that a good request keeps",
     "heartbeat_ms": "how often engines report their load",
     "min_remote_tokens": "uncached prompt tokens from which another engine supplies the KV",
+    "waiting": "where requests wait while engines have enough to do: in the router, by its rules, or in the engines",
+    "engine_queue": "as the router's flag",
+    "engine_prefill_tokens": "as the router's flag",
+    "queue_requests": "as the router's flag",
+    "queue_ttl_ms": "as the router's flag",
     "seed": "decides what is left to chance",
     "json": "file to write the report to, as JSON",
     "html": "file to write the report to, as a page with plots",
@@ -133,4 +168,5 @@ def from_args(args: argparse.Namespace) -> SimulateSettings:
         raise ConfigError(str(error)) from None
     settings.model.limits()
     settings.model.speeds()
+    settings.router()
     return settings

@@ -6,6 +6,7 @@ order of time. Nothing is lost on the way and nothing takes time but what the mo
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -13,6 +14,7 @@ from vllm_llmd.errors import ConfigError
 from vllm_llmd.kernels.hash_chain_cpu import chain_names
 from vllm_llmd.names import BlockName, EngineId
 from vllm_llmd.router.decide import Decision
+from vllm_llmd.router.flow import Shed
 from vllm_llmd.router.seen import Measured
 from vllm_llmd.router.usage import Usage
 from vllm_llmd.sim.requests import Report, SimRequest
@@ -20,8 +22,9 @@ from vllm_llmd.sim.transfer import Transfer, order_tokens
 from vllm_llmd.simulate.events import Events
 from vllm_llmd.simulate.member import Member
 from vllm_llmd.simulate.outcomes import Outcome, Played
-from vllm_llmd.simulate.routing import Routing
+from vllm_llmd.simulate.routing import Call, Routing
 from vllm_llmd.simulate.trace import TraceRequest
+from vllm_llmd.simulate.waiting import Waiting
 
 Follow = Callable[[int, float], Sequence[TraceRequest]]
 """What users ask because the request of that number has ended, at that time: none of it is earlier than that."""
@@ -66,6 +69,7 @@ class Simulation:
         self._by_id: dict[EngineId, Member] = {member.id: member for member in members}
         self._routing = routing
         self._events = events
+        self._waiting = Waiting(routing.admission, events)
         self._heartbeat_ms = heartbeat_ms
         self._asked: dict[str, _Asked] = {}
         self._orders: dict[str, _Order] = {}
@@ -98,12 +102,28 @@ class Simulation:
     def _arrive(self, number: int) -> None:
         if number + 1 < self._told_before:
             self._events.at(self._requests[number + 1].at_ms, self._arrive, number + 1)
-        request, outcome, name = self._requests[number], self._played.outcomes[number], str(number)
-        prompt = request.prompt()
-        decision = self._routing.decide(name, prompt, request.most_tokens)
+        request = self._requests[number]
+        call = self._routing.call(str(number), request.prompt(), request.most_tokens)
+        plan, then = partial(self._routing.plan, call), partial(self._let_in, number, call)
+        self._waiting.admit(self._routing.arrival(call), call.wish, plan, then)
+
+    def _let_in(self, number: int, call: Call, shed: Shed | None) -> None:
+        """Its wait is over, or there was none."""
+        outcome = self._played.outcomes[number]
+        if shed is not None:
+            outcome.shed = shed.reason
+            self._ended(number)
+            return
+        outcome.sent_ms = self._events.now_ms()
+        decision = self._routing.place(call)
         if decision is None:
             self._refuse(number, "no engine is ready, or none is long enough")
             return
+        self._submit(number, call, decision)
+
+    def _submit(self, number: int, call: Call, decision: Decision) -> None:
+        request, outcome, name = self._requests[number], self._played.outcomes[number], call.id
+        prompt = np.frombuffer(call.facts.text, np.uint32)
         member = self._by_id[decision.destination]
         size = member.info.block_size
         names: list[BlockName] = chain_names(np.concatenate((prompt, request.answer(number))), size).tolist()
@@ -175,6 +195,7 @@ class Simulation:
                 if outcome.first_ms is None:
                     outcome.first_ms = now_ms
                     self._routing.answering(request.id, asked.decision)
+                    self._waiting.look(asked.decision.destination, asked.decision.source)
         for request in report.finished:
             order = self._orders.get(request.id)
             if order is not None:
@@ -183,6 +204,7 @@ class Simulation:
             asked = self._asked.pop(request.id)
             self._routing.answered(request.id, asked.decision, _measured(asked.outcome, request))
             self._routing.done(request.id, asked.decision)
+            self._waiting.look(asked.decision.destination, asked.decision.source)
             self._ended(int(request.id))
 
     def _note_computed(self, member: Member, request: SimRequest) -> None:
@@ -239,7 +261,7 @@ class Simulation:
 
 
 def _measured(outcome: Outcome, request: SimRequest) -> Measured:
-    """A finished answer, as the router would see it streamed."""
-    first_ms, last_ms = outcome.first_ms or outcome.at_ms, outcome.last_ms or outcome.at_ms
+    """A finished answer, as the router would see it streamed; it counts from when it sent the request."""
+    assert outcome.sent_ms is not None and outcome.first_ms is not None and outcome.last_ms is not None
     usage = Usage(request.prompt_tokens, request.cached_tokens, request.made)
-    return Measured(first_ms - outcome.at_ms, last_ms - outcome.at_ms, True, usage)
+    return Measured(outcome.first_ms - outcome.sent_ms, outcome.last_ms - outcome.sent_ms, True, usage)

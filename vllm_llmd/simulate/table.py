@@ -21,6 +21,10 @@ _COLUMNS: tuple[tuple[str, Callable[[Summary], str]], ...] = (
     ("tokens/s", lambda each: f"{each.output_tokens_per_s:.0f}"),
     ("cached", lambda each: f"{each.cached_share:.1%}"),
     ("busiest/mean", lambda each: f"{each.busiest_to_mean:.2f}"),
+    ("waited", lambda each: f"{each.waited_share:.1%}"),
+    ("ms p50", lambda each: f"{each.waited_ms.p50:.0f}"),
+    ("p90", lambda each: f"{each.waited_ms.p90:.0f}"),
+    ("shed", lambda each: str(each.shed)),
     ("refused", lambda each: str(each.refused)),
 )
 
