@@ -14,6 +14,7 @@ from typing import Final
 
 from vllm_llmd.names import EngineId
 from vllm_llmd.router import saturation
+from vllm_llmd.router.candidates import Roster
 from vllm_llmd.router.fleet import Fleet
 from vllm_llmd.router.flow import Arrival, Flow, IsOpen, Item, Pool, QueueLimits, Shed, to_wait
 from vllm_llmd.router.membership import Engine, State
@@ -113,6 +114,10 @@ class Admission:
     def is_saturated(self, engine: Engine, now_ms: float) -> bool:
         """Whether requests should rather wait here than there."""
         return saturation.saturated(engine, self._limits, now_ms)
+
+    def saturated(self, roster: Roster, now_ms: float) -> tuple[int, ...]:
+        """Who of them are, by their places."""
+        return tuple(place for place, engine in enumerate(roster.engines) if self.is_saturated(engine, now_ms))
 
     # --- coming and going ---------------------------------------------------------------------------------------
 

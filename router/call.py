@@ -23,12 +23,16 @@ from vllm_llmd.router.upstream import Attempt
 
 @dataclass(frozen=True)
 class Planned:
-    """A prospect, and what it was made of: the fleet as of `version`. Making it took `took_ms`."""
+    """A prospect, and what it was made of: the fleet as of `version`. Making it took `took_ms`.
+
+    `saturated` are places of candidates, told only if it is to be recorded.
+    """
 
     version: tuple[int, int]
     candidates: Candidates
     prospect: Prospect | None
     took_ms: float
+    saturated: tuple[int, ...] = ()
 
 
 @dataclass

@@ -72,7 +72,10 @@ class Record(msgspec.Struct):
 
 @dataclass(frozen=True)
 class Made:
-    """A decision of an `attempt`, from 1, and all that it was made from. `decision` is None if nobody could take it."""
+    """A decision of an `attempt`, from 1, and all that it was made from. `decision` is None if nobody could take it.
+
+    `saturated` are places of candidates that it was to avoid while others had room, told if it is to be recorded.
+    """
 
     request: str
     attempt: int
@@ -82,6 +85,7 @@ class Made:
     decision: Decision | None
     waited_ms: float
     decided_ms: float
+    saturated: tuple[int, ...] = ()
 
     @property
     def id(self) -> str:
@@ -124,6 +128,11 @@ class Decisions:
 
     def __len__(self) -> int:
         return len(self._kept)
+
+    @property
+    def recorded(self) -> bool:
+        """Whether they go to a sink, which wants to know who was saturated."""
+        return self._sink is not None
 
     def made(self, made: Made, explanation: Shown | None = None) -> Record:
         """Notes a decision. What becomes of it is told by `ended`."""

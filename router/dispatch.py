@@ -109,7 +109,9 @@ class Dispatcher:
         began_ms = self._clock.now_ms()
         candidates = self._fleet.candidates(call.facts, call.chunks, self._spared(call), call.session)
         found = prospect(call.facts, candidates, self._policy, self._room.is_saturated)
-        return Planned(self._fleet.version, candidates, found, self._clock.now_ms() - began_ms)
+        took_ms = self._clock.now_ms() - began_ms
+        saturated = self._room.saturated(candidates.roster) if self._decisions.recorded else ()
+        return Planned(self._fleet.version, candidates, found, took_ms, saturated)
 
     def _decide(self, call: Call) -> Made:
         planned, call.planned = call.planned, None
@@ -118,7 +120,17 @@ class Dispatcher:
         found, of = planned.prospect, planned.candidates
         decision = None if found is None else decision_of(found.choice, call.facts, of)
         call.decisions += 1
-        return Made(call.id, call.decisions, call.facts, call.chunks, of, decision, call.waited_ms, planned.took_ms)
+        return Made(
+            call.id,
+            call.decisions,
+            call.facts,
+            call.chunks,
+            of,
+            decision,
+            call.waited_ms,
+            planned.took_ms,
+            planned.saturated,
+        )
 
     def _note(self, call: Call, made: Made) -> Record:
         """The decision becomes one of the latest; a client that has asked why is told."""

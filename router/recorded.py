@@ -7,6 +7,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from vllm_llmd.names import EngineId
 from vllm_llmd.router.candidates import Candidates, Loads, RateColumns, Roster
 from vllm_llmd.router.membership import Engine, State, Stock
 from vllm_llmd.router.rates import Rates, packed
@@ -32,7 +33,10 @@ _NOTHING: Final = Facts(None, None, b"", b"", 0, None)
 
 @dataclass(frozen=True)
 class Recorded:
-    """One decision. `destination` and `source` are places; None for a destination where nobody could take it."""
+    """One decision. `destination` and `source` are places; None for a destination where nobody could take it.
+
+    `saturated` were not to be chosen while others had room.
+    """
 
     id: str
     facts: Facts
@@ -40,6 +44,7 @@ class Recorded:
     destination: int | None
     source: int | None
     until: int | None
+    saturated: frozenset[EngineId] = frozenset()
 
 
 Event = Began | Recorded | Ended | Lost
@@ -98,7 +103,9 @@ class Restorer:
         blocks = cached[0], cached[1], cached[2]
         columns = Candidates(roster, *blocks, Loads.of(roster.engines), RateColumns.of(roster.engines))
         candidates = replace(columns, coming_blocks=cached[3] if cached[3].any() else None, **scalars)
-        return Recorded(decided.id, facts_of(decided), candidates, decided.destination, decided.source, decided.until)
+        saturated = frozenset(roster.id(place) for place in np.frombuffer(decided.saturated, np.uint32).tolist())
+        choice = decided.destination, decided.source, decided.until
+        return Recorded(decided.id, facts_of(decided), candidates, *choice, saturated)
 
 
 def facts_of(decided: Decided) -> Facts:

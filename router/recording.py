@@ -88,7 +88,8 @@ class Decided(_Message, frozen=True, tag="decided"):
     """Of the candidates of `roster`, those at the places `cached_at` (uint32) have something cached: `cached` is int64,
     one row for each of `PREFIXES`. Those at `changed` (uint32) have other `rows` (float64) than they had before.
 
-    `chunks` (uint64) name the text of the prompt, `chunk_bytes` of it each and all before. Choices are places.
+    `chunks` (uint64) name the text of the prompt, `chunk_bytes` of it each and all before. Choices are places; those at
+    `saturated` (uint32) were not to be chosen while others had room.
     """
 
     id: str
@@ -109,6 +110,8 @@ class Decided(_Message, frozen=True, tag="decided"):
     terms: dict[str, float]
     waited_ms: float
     decided_ms: float
+    saturated: bytes = b""
+    """Not told by routers of before; then nobody is taken to have been."""
 
 
 class Ended(_Message, frozen=True, tag="ended"):
@@ -196,6 +199,7 @@ class Writer:
                     terms=record.terms,
                     waited_ms=record.waited_ms,
                     decided_ms=record.decided_ms,
+                    saturated=np.array(made.saturated, np.uint32).tobytes(),
                 )
             )
         )

@@ -16,8 +16,10 @@ from vllm_llmd.names import EngineId
 from vllm_llmd.router.candidates import Candidates
 from vllm_llmd.router.decisions import Outcome
 from vllm_llmd.router.engine_model import UNTIL_FIRST_BYTE
+from vllm_llmd.router.membership import Engine
 from vllm_llmd.router.plans import Asked, Party, alone, fetched, prefilled
 from vllm_llmd.router.policy import Choice, Policy, note_placed
+from vllm_llmd.router.prospects import prospect
 from vllm_llmd.router.recorded import Event, Recorded
 from vllm_llmd.router.recording import Began, Ended, Lost
 from vllm_llmd.router.request import Facts
@@ -176,7 +178,7 @@ class Replay:
         self._count(self._taken, recorded, taken, taken_ms, taken_ms)
         for tally in self._tallies:
             assert tally.policy is not None, "made when the router's life began"
-            choice = tally.policy.choose(recorded.facts, recorded.candidates)
+            choice = choice_of(recorded, tally.policy)
             if choice is not None:
                 note_placed(tally.policy, recorded.facts, recorded.candidates, choice)
                 tally.agreed += (choice.destination, choice.source) == (taken.destination, taken.source)
@@ -201,6 +203,16 @@ class Replay:
         if expected_ms is not None and measured_ms is not None and measured_ms > 0 and whole:
             self._predicted.append(expected_ms)
             self._measured.append(measured_ms)
+
+
+def choice_of(recorded: Recorded, policy: Policy) -> Choice | None:
+    """What can begin at once, as the router asks for it: among those with room if what is best has none."""
+
+    def is_saturated(engine: Engine) -> bool:
+        return engine.info.id in recorded.saturated
+
+    found = prospect(recorded.facts, recorded.candidates, policy, is_saturated)
+    return None if found is None else found.choice
 
 
 class Prices:

@@ -25,9 +25,9 @@ class Limits:
 
 
 def saturated(engine: Engine, limits: Limits, now_ms: float) -> bool:
-    """Whether requests should rather wait in the router. Never if nothing is in flight there."""
+    """Whether requests should rather wait in the router. Never if little is in flight there."""
     own, load = engine.occupancy, engine.load
-    if not len(own):
+    if len(own) <= limits.engine_queue and own.tokens < limits.prefill_tokens:
         return False
     slots = engine.info.max_sequences or limits.engine_requests
     if len(own) >= slots + limits.engine_queue:

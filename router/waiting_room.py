@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from vllm_llmd.clock import Clock
 from vllm_llmd.names import EngineId
 from vllm_llmd.router.admission import TICK_MS, Admission, Event, Held, LetGo, Passed, Plan
+from vllm_llmd.router.candidates import Roster
 from vllm_llmd.router.fleet import Fleet
 from vllm_llmd.router.flow import Arrival, Item, Shed
 from vllm_llmd.router.membership import Engine
@@ -37,6 +38,10 @@ class WaitingRoom:
     def is_saturated(self, engine: Engine) -> bool:
         """Whether requests should rather wait here than there."""
         return self._admission.is_saturated(engine, self._clock.now_ms())
+
+    def saturated(self, roster: Roster) -> tuple[int, ...]:
+        """Who of them are, by their places."""
+        return self._admission.saturated(roster, self._clock.now_ms())
 
     async def admit(self, arrival: Arrival, wish: Wish, plan: Plan) -> Shed | None:
         """None once the request may be placed; it then has to be, before anything is awaited. Or why it is sent away.

@@ -55,7 +55,8 @@ def made(number: int, roster: Roster, prefix: Sequence[int] = (), facts: Facts |
     columns = Loads.of(roster.engines), RateColumns.of(roster.engines)
     candidates = Candidates(roster, blocks, blocks // 2, blocks + (blocks > 0), *columns, output_tokens=33.0, reuse=0.5)
     decision = decide(facts, candidates, policies.make("cost", PolicySettings(256, random.Random(number))))
-    return Made(f"r-{number}", 1, facts, cut(facts, 256), candidates, decision, 0.5, 0.25)
+    saturated = tuple(range(number % 2, len(roster.engines), 2))
+    return Made(f"r-{number}", 1, facts, cut(facts, 256), candidates, decision, 0.5, 0.25, saturated)
 
 
 def written(*every: Made, writer: Writer | None = None) -> bytes:
@@ -92,6 +93,7 @@ def assert_same(found: Recorded, one: Made) -> None:
     for name in recording.FACTS:
         assert getattr(found.facts, name) == getattr(one.facts, name), name
     assert len(found.facts.text) == len(one.facts.text)
+    assert found.saturated == {one.candidates.roster.id(place) for place in one.saturated}
 
 
 # --- round trips ------------------------------------------------------------------------------------------------------

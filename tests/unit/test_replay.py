@@ -1,6 +1,7 @@
 """Recorded decisions put to other policies."""
 
 import argparse
+import io
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,12 +18,13 @@ from vllm_llmd.errors import ConfigError
 from vllm_llmd.names import EngineId, Epoch, Role
 from vllm_llmd.router import policies, replay_command
 from vllm_llmd.router.candidates import Candidates, Loads, RateColumns, Roster
-from vllm_llmd.router.decide import decide, placed
+from vllm_llmd.router.decide import decision_of, placed
 from vllm_llmd.router.decisions import Decisions, Made, Outcome, Record
 from vllm_llmd.router.engine_model import UNTIL_FIRST_BYTE
 from vllm_llmd.router.membership import Engine, State
 from vllm_llmd.router.policy import Choice, Policy, PolicySettings
-from vllm_llmd.router.recording import HEAD, Began, Ended, Lost, RecordingError, Writer, framed
+from vllm_llmd.router.prospects import prospect
+from vllm_llmd.router.recording import HEAD, LENGTH, Began, Ended, Lost, Reader, RecordingError, Writer, framed
 from vllm_llmd.router.replay import Prices, Report, ttft_error
 from vllm_llmd.router.request import Facts
 from vllm_llmd.router.text_index import cut
@@ -49,7 +51,7 @@ class Run:
         self.made: list[Made] = []
         self.roster = Roster.of(self.engines, "m")
 
-    def decide(self, first_byte_ms: float | None = None) -> Record:
+    def decide(self, first_byte_ms: float | None = None, saturated: tuple[int, ...] = ()) -> Record:
         for each in self.engines:
             running, tokens = self.chance.randrange(9), self.chance.randrange(4000)
             each.reported(Load(running=running, prefill_tokens=tokens, free_blocks=900), 0, 50)
@@ -58,10 +60,13 @@ class Run:
         blocks = np.array([self.chance.choice((0, facts.prompt_tokens // 20)) for _ in self.engines])
         columns = Loads.of(self.engines), RateColumns.of(self.engines)
         candidates = Candidates(self.roster, blocks, blocks // 2, blocks, *columns)
-        decision = decide(facts, candidates, self.policy)
+        busy = [self.engines[place] for place in saturated]
+        found = prospect(facts, candidates, self.policy, lambda engine: engine in busy)
+        decision = None if found is None else decision_of(found.choice, facts, candidates)
         if decision is not None:
             placed(decision, facts, candidates, self.policy)
-        self.made.append(Made(f"r-{len(self.made)}", 1, facts, cut(facts, 128), candidates, decision, 0.0, 0.1))
+        chunks = cut(facts, 128)
+        self.made.append(Made(f"r-{len(self.made)}", 1, facts, chunks, candidates, decision, 0.0, 0.1, saturated))
         record = self.ring.made(self.made[-1])
         self.content += self.writer.decided(record, self.made[-1])
         if first_byte_ms is not None:
@@ -90,6 +95,39 @@ def test_the_policy_that_was_recorded_agrees_with_itself(policy: str, roles: Seq
     assert score.agree == 1.0 and score.cheaper == score.dearer == 0.0
     assert score.mean_ms == score.mean_taken_ms == taken.mean_ms
     assert (score.cached_share, score.busiest_to_mean) == (taken.cached_share, taken.busiest_to_mean)
+
+
+SATURATED = [(), (1,), (0, 2), (3,), (0, 1, 2), (0, 1, 2, 3)]
+
+
+@pytest.mark.parametrize("policy", policies.BUILT_IN)
+def test_who_was_saturated_is_passed_over_as_it_was(policy: str, tmp_path: Path) -> None:
+    run = Run(policy)
+    for number in range(60):
+        run.decide(saturated=SATURATED[number % len(SATURATED)])
+    report, _ = replayed(run.content, tmp_path / "file", policy, "cost")
+    assert report.scores[1].agree == 1.0 and report.scores[1].cheaper == report.scores[1].dearer == 0.0
+
+
+def test_a_policy_goes_to_no_saturated_engine_while_others_have_room(tmp_path: Path) -> None:
+    run = Run("random")
+    for _ in range(40):
+        run.decide(saturated=(0, 1, 2))
+    report, _ = replayed(run.content, tmp_path / "file", *policies.BUILT_IN)
+    assert [score.busiest_to_mean for score in report.scores] == [4.0] * (1 + len(policies.BUILT_IN))
+
+
+def test_a_recording_that_does_not_say_who_was_saturated_is_replayed_as_if_nobody_was(tmp_path: Path) -> None:
+    run = Run("round_robin")
+    for _ in range(12):
+        run.decide()
+    former = Reader(io.BytesIO(run.content), "file")
+    frames = [msgspec.msgpack.decode(msgspec.msgpack.encode(message)) for message in former]
+    shorter = [frame[:-1] if frame[0] == "decided" else frame for frame in frames]
+    payloads = [msgspec.msgpack.encode(frame) for frame in shorter]
+    content = HEAD + b"".join(LENGTH.pack(len(payload)) + payload for payload in payloads)
+    report, _ = replayed(content, tmp_path / "file", "round_robin")
+    assert report.decisions == 12 and report.scores[1].agree == 1.0
 
 
 def test_another_policy_differs_and_the_cheapest_is_never_dearer(tmp_path: Path) -> None:
