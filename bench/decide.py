@@ -32,6 +32,7 @@ PROMPT_TOKENS = 8192
 BLOCK_SIZE = 16
 CALLS = 1000
 FACTS = Facts("m", array("I", range(PROMPT_TOKENS)), b"", b"", PROMPT_TOKENS, None)
+URGENT = replace(FACTS, ttft_ms=1000.0, tpot_ms=50.0)
 
 
 def fleet(roles: list[Role]) -> Fleet:
@@ -72,10 +73,11 @@ def main() -> int:
         chunks = made.cut(FACTS)
         empty = made.candidates(FACTS, chunks)
         sys.stdout.write(f"{shape:6s} candidates         {timed_us(lambda m=made, c=chunks: m.candidates(FACTS, c))}\n")
-        for name in policies.BUILT_IN:
-            policy = policies.make(name, PolicySettings(256, random.Random(0)))
+        asked = dict.fromkeys(policies.BUILT_IN, FACTS) | {"cost, objectives": URGENT}
+        for name, facts in asked.items():
+            policy = policies.make(name.partition(",")[0], PolicySettings(256, random.Random(0)))
             for what, given in (("nothing cached", empty), ("prefixes cached", cached_somewhere(empty))):
-                took = timed_us(lambda g=given, p=policy: decide(FACTS, g, p))
+                took = timed_us(lambda f=facts, g=given, p=policy: decide(f, g, p))
                 sys.stdout.write(f"{shape:6s} {name:18s} {took}  {what}\n")
     return 0
 

@@ -23,12 +23,13 @@ from vllm_llmd.router.upstream import Attempt
 
 @dataclass(frozen=True)
 class Planned:
-    """A prospect, and what it was made of: the fleet as of `version`. Making it took `took_ms`.
+    """A prospect, and what it was made of: the facts and the fleet as of `version`. Making it took `took_ms`.
 
     `saturated` are places of candidates, told only if it is to be recorded.
     """
 
     version: tuple[int, int]
+    facts: Facts
     candidates: Candidates
     prospect: Prospect | None
     took_ms: float

@@ -227,8 +227,8 @@ class Candidates:
     `offloaded_blocks` of the `prefix_blocks` are not on the GPU: they come after the last that is. The last
     `coming_blocks` are being computed for others, and nobody can have them yet; None if there are none.
     `prefix_blocks` are as many as are to be counted on, `claimed_blocks` what the index says. Of answers,
-    `output_tokens` are expected; `reuse` is the share of cached blocks that are wanted again, and `doubt` the
-    factor by which predictions are off.
+    `output_tokens` are expected; `reuse` is the share of cached blocks that are wanted again. Predictions are off by
+    the factor `doubt` until the first byte, by `step_doubt` for each token after it.
     """
 
     roster: Roster
@@ -241,6 +241,7 @@ class Candidates:
     reuse: float = REUSE
     coming_blocks: Counts | None = None
     doubt: float = 1.0
+    step_doubt: float = 1.0
 
     def __len__(self) -> int:
         return len(self.roster.engines)

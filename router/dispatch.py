@@ -10,7 +10,7 @@ import aiohttp
 from aiohttp import web
 
 from vllm_llmd.names import EngineId
-from vllm_llmd.router import explain, policies, replies, rewrite, upstream
+from vllm_llmd.router import explain, policies, replies, rewrite, slo, upstream
 from vllm_llmd.router.barred import barred, filtered, saturated
 from vllm_llmd.router.call import Call, Planned, asks_usage_of, attempt_at
 from vllm_llmd.router.context import Context
@@ -107,23 +107,24 @@ class Dispatcher:
 
     def _plan(self, call: Call) -> Planned:
         began_ms = self._clock.now_ms()
-        candidates = self._fleet.candidates(call.facts, call.chunks, self._spared(call), call.session)
-        found = prospect(call.facts, candidates, self._policy, self._room.is_saturated)
+        facts = slo.still_due(call.facts, began_ms - call.began_ms) if call.begun is None else slo.begun(call.facts)
+        candidates = self._fleet.candidates(facts, call.chunks, self._spared(call), call.session)
+        found = prospect(facts, candidates, self._policy, self._room.is_saturated)
         took_ms = self._clock.now_ms() - began_ms
         saturated = self._room.saturated(candidates.roster) if self._decisions.recorded else ()
-        return Planned(self._fleet.version, candidates, found, took_ms, saturated)
+        return Planned(self._fleet.version, facts, candidates, found, took_ms, saturated)
 
     def _decide(self, call: Call) -> Made:
         planned, call.planned = call.planned, None
         if planned is None or planned.version != self._fleet.version:
             planned = self._plan(call)
-        found, of = planned.prospect, planned.candidates
-        decision = None if found is None else decision_of(found.choice, call.facts, of)
+        found, facts, of = planned.prospect, planned.facts, planned.candidates
+        decision = None if found is None else decision_of(found.choice, facts, of)
         call.decisions += 1
         return Made(
             call.id,
             call.decisions,
-            call.facts,
+            facts,
             call.chunks,
             of,
             decision,

@@ -14,6 +14,7 @@ from vllm_llmd.router.averages import Ratio
 from vllm_llmd.router.candidates import OUTPUT_TOKENS, REUSE
 from vllm_llmd.router.decide import Decision
 from vllm_llmd.router.least_squares import LeastSquares
+from vllm_llmd.router.plans import UNTIL_FIRST_BYTE
 from vllm_llmd.router.rates import PRIOR, Rates
 from vllm_llmd.router.seen import Measured, Seen
 from vllm_llmd.wire import Load
@@ -62,15 +63,6 @@ PROMPT_TOKENS: Final = 1000
 COLD_WEIGHT: Final = 1 / 4
 """Of the newest engine's first answer in what being cold costs: engines join too rarely for more to be gathered."""
 
-UNTIL_FIRST_BYTE: Final = (
-    "queue_ms",
-    "join_ms",
-    "prefill_ms",
-    "reload_ms",
-    "transfer_ms",
-    "cold_ms",
-    "blocks_ms",
-)
 NOT_OF_THE_SOURCE: Final = ("join_ms", "transfer_ms", "blocks_ms")
 MOST_TOKENS: Final = 1e6
 LEAST_MS: Final = 0.1
@@ -152,7 +144,7 @@ class Models:
         self._engines: dict[EngineId, EngineModel] = {}
         self._cold_ms = PRIOR.cold_ms
         self.output_tokens = OUTPUT_TOKENS
-        self._error = FIRST_DOUBT
+        self._error = self._step_error = FIRST_DOUBT
         self._answers = PRIOR_COUNT
         prior_tokens = float(PRIOR_COUNT * PROMPT_TOKENS)
         self._reuse = Ratio(REUSE * prior_tokens, prior_tokens)
@@ -215,9 +207,8 @@ class Models:
             self._supplied(decision, decision.source, measured.first_byte_ms)
         elif _share(decision, "blocks_ms") < SHARE:
             self._first_byte(engine, first_byte_of(seen, cached_tokens), measured.first_byte_ms)
-        if usage is not None and usage.completion_tokens is not None and usage.completion_tokens > 1:
-            steps_ms = measured.last_byte_ms - measured.first_byte_ms
-            self.of(engine).step.learn((1.0, seen.batch), steps_ms / (usage.completion_tokens - 1))
+        if measured.tpot_ms is not None:
+            self._steps(engine, (1.0, seen.batch), measured.tpot_ms)
 
     def _first_byte(self, engine: EngineId, x: Sequence[float], ms: float) -> None:
         """The first answer tells what being cold costs, if it can be told from what an answer takes otherwise."""
@@ -231,6 +222,13 @@ class Models:
         if model.first_byte.learn(x, ms):
             self._error += ERROR_WEIGHT * (error_of(expected_ms, ms) - self._error)
 
+    def _steps(self, engine: EngineId, x: Sequence[float], ms: float) -> None:
+        """Of an answer, each on average."""
+        model = self.of(engine)
+        expected_ms = model.step.expected(x)
+        if model.step.learn(x, ms):
+            self._step_error += ERROR_WEIGHT * (error_of(expected_ms, ms) - self._step_error)
+
     @property
     def reuse(self) -> float:
         """The share of prompts' tokens that is found cached."""
@@ -240,6 +238,11 @@ class Models:
     def doubt(self) -> float:
         """By what factor times until the first byte are mispredicted lately, on average; at least 1."""
         return math.exp(self._error)
+
+    @property
+    def step_doubt(self) -> float:
+        """Likewise, times per token of whole answers."""
+        return math.exp(self._step_error)
 
     def _supplied(self, decision: Decision, source: EngineId, ms: float) -> None:
         """Such an answer tells of the transfer, or of how fast the source computes, if little else was waited for."""

@@ -1,6 +1,7 @@
 """What answers teach the router: how engines do, how fast they are, what their caches hold, where sessions are."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from vllm_llmd.clock import Clock
 from vllm_llmd.router import usage
@@ -63,6 +64,8 @@ class Feedback:
         self._fleet.health.answered(sent.engine.info.id, now_ms)
         if answer.is_stream and answer.status == 200:
             self._fleet.health.took(sent.engine.info.id, sent.shape, first_byte_ms)
+            if outcome.ttft_ms is not None:
+                self._judge("ttft", sent.call.wish.ttft_ms, outcome.ttft_ms)
 
     def ended(self, sent: Sent, answer: Answer, meter: Meter, failed: bool) -> None:
         """The answer has ended; the engine that began it may have failed midway."""
@@ -76,7 +79,14 @@ class Feedback:
             outcome.completion_tokens = usage_told.completion_tokens
         if answer.status == 200 and not failed and outcome.first_byte_ms is not None:
             took_ms = outcome.first_byte_ms, outcome.last_byte_ms
-            self._fleet.answered(sent.call.id, sent.decision, Measured(*took_ms, answer.is_stream, usage_told))
+            measured = Measured(*took_ms, answer.is_stream, usage_told)
+            self._fleet.answered(sent.call.id, sent.decision, measured)
+            if answer.is_stream and measured.tpot_ms is not None:
+                self._judge("tpot", sent.call.wish.tpot_ms, measured.tpot_ms)
+
+    def _judge(self, what: Literal["ttft", "tpot"], objective_ms: float | None, took_ms: float) -> None:
+        if objective_ms is not None:
+            self._metrics.objectives.labels(what, "yes" if took_ms <= objective_ms else "no").inc()
 
     def _remember(self, sent: Sent, answer: Answer, meter: Meter) -> None:
         """Where the session's KV is now."""

@@ -289,6 +289,7 @@ class Fleet:
             self.models.reuse,
             coming,
             self.models.doubt,
+            self.models.step_doubt,
         )
 
     def place(self, request: str, decision: Decision, facts: Facts, chunks: Chunks) -> None:

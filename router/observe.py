@@ -165,6 +165,11 @@ class Metrics:
             "Time from a request's arrival to the first byte of its answer",
             buckets=_TTFT_BUCKETS,
         )
+        self.objectives = self._counter(
+            "vllm_llmd_objectives",
+            "Objectives that clients named for streams, and whether they were kept",
+            ["objective", "kept"],
+        )
         self.predicted_cached_tokens = self._counter(
             "vllm_llmd_predicted_cached_tokens", "Prompt tokens expected in the cache of the chosen engine"
         )

@@ -12,11 +12,11 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_llmd.kernels.memory_cpu import compiled_with
-from vllm_llmd.router import costs, plans
+from vllm_llmd.router import costs, misses, plans
 from vllm_llmd.router.candidates import Places
 from vllm_llmd.router.plans import MORE_IS_CHEAPER, PREFILLED, Ask, Party, barred, pair_ms
 
-compiled = compiled_with(__file__, plans.__file__, costs.__file__)
+compiled = compiled_with(__file__, plans.__file__, costs.__file__, misses.__file__)
 
 Numbers = npt.NDArray[np.float64]
 

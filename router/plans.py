@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_llmd.kernels.memory_cpu import usable_in_kernels
-from vllm_llmd.router import costs
+from vllm_llmd.router import costs, misses
 from vllm_llmd.router.candidates import Candidates, Column, Loads, Milliseconds, RateColumns, Roster
 from vllm_llmd.router.request import Facts
 
@@ -29,7 +29,7 @@ class Ask(NamedTuple):
     """What of a request its prices depend on, and of traffic as a whole; in tokens, but for the share `reuse`.
 
     Whoever is to supply KV supplies `least` at least. `crowd` requests do not answer yet, averaged over who computes.
-    By the factor `doubt` predictions are off.
+    By the factor `doubt` predictions are off. The last four are `misses.Objectives`.
     """
 
     prompt: float
@@ -38,6 +38,10 @@ class Ask(NamedTuple):
     least: float
     crowd: float
     doubt: float
+    ttft_ms: float
+    answer_ms: float
+    ttft_error: float
+    answer_error: float
 
 
 class Party(NamedTuple):
@@ -82,7 +86,7 @@ MAY_BE_NEGATIVE: Final = Party._fields.index("more_ms")
 
 
 class Terms(NamedTuple):
-    """What a plan costs, in milliseconds. A term that a kind of plan does not have is 0."""
+    """What a plan costs, in milliseconds. A term that a kind of plan does not have is 0. The last follows from all."""
 
     queue_ms: Milliseconds
     join_ms: Milliseconds
@@ -96,7 +100,21 @@ class Terms(NamedTuple):
     decode_interference_ms: Milliseconds
     memory_ms: Milliseconds
     blocks_ms: Milliseconds
+    slo_ms: Milliseconds
 
+
+UNTIL_FIRST_BYTE: Final = (
+    "queue_ms",
+    "join_ms",
+    "prefill_ms",
+    "reload_ms",
+    "transfer_ms",
+    "cold_ms",
+    "blocks_ms",
+)
+"""The terms that the request itself waits for its first token."""
+
+_UNTIL_FIRST_BYTE: Final = tuple(Terms._fields.index(name) for name in UNTIL_FIRST_BYTE)
 
 # --- prices, of columns or of one engine ------------------------------------------------------------------------------
 
@@ -162,6 +180,7 @@ def alone(ask: Ask, at: Party) -> Terms:
         decode_interference_ms=at.decode_interference_ms,
         memory_ms=at.memory_ms,
         blocks_ms=at.blocks_ms,
+        slo_ms=0.0 * at.own,
     )
 
 
@@ -181,6 +200,7 @@ def prefilled(ask: Ask, at: Party, source: Party) -> Terms:
         decode_interference_ms=at.decode_interference_ms,
         memory_ms=at.memory_ms + source.source_memory_ms,
         blocks_ms=at.blocks_ms,
+        slo_ms=0.0 * at.own,
     )
 
 
@@ -202,7 +222,35 @@ def fetched(ask: Ask, at: Party, source: Party) -> Terms:
         decode_interference_ms=at.decode_interference_ms,
         memory_ms=at.memory_ms,
         blocks_ms=at.blocks_ms,
+        slo_ms=0.0 * at.own,
     )
+
+
+@usable_in_kernels
+def slo_ms(ask: Ask, terms: Terms) -> Milliseconds:
+    """All that a plan costs is in vain if an objective is missed, and that is so likely. It rises with every term."""
+    first_ms = 0.0 * terms.queue_ms
+    for k in _UNTIL_FIRST_BYTE:
+        first_ms = first_ms + terms[k]
+    found: Milliseconds = misses.missed(ask, first_ms, terms.decode_ms) * sum(terms)
+    return found
+
+
+@usable_in_kernels
+def total_ms(ask: Ask, terms: Terms) -> Milliseconds:
+    """Of a plan whose other terms are told. Who names no objective does not pay for `slo_ms`, in time either."""
+    total: Milliseconds = sum(terms)  # type: ignore[assignment]
+    if ask.ttft_ms == np.inf and ask.answer_ms == np.inf:
+        return total
+    return total + slo_ms(ask, terms)
+
+
+@usable_in_kernels
+def with_slo(ask: Ask, terms: Terms) -> Terms:
+    """All terms of a plan, as they are shown."""
+    if ask.ttft_ms == np.inf and ask.answer_ms == np.inf:
+        return terms
+    return Terms(*(*terms[:-1], slo_ms(ask, terms)))
 
 
 @usable_in_kernels
@@ -211,9 +259,9 @@ def pair_ms(kind: int, ask: Ask, at: Party, source: Party) -> Milliseconds:
     uncertain, and a second copy is made for certain.
     """
     if kind == PREFILLED:
-        total: Milliseconds = sum(prefilled(ask, at, source)) + at.more_ms + (at.chance_ms + source.chance_ms)
+        total: Milliseconds = total_ms(ask, prefilled(ask, at, source)) + at.more_ms + (at.chance_ms + source.chance_ms)
     else:
-        total = ask.doubt * (sum(fetched(ask, at, source)) + at.more_ms) + (at.chance_ms + source.chance_ms)
+        total = ask.doubt * (total_ms(ask, fetched(ask, at, source)) + at.more_ms) + (at.chance_ms + source.chance_ms)
     return total
 
 
@@ -257,6 +305,7 @@ class Asked:
             float(self.min_remote_tokens),
             crowd,
             float(candidates.doubt),
+            *misses.objectives(self.facts, candidates, float(output)),
         )
 
     @property
@@ -291,7 +340,7 @@ def priced(asked: Asked) -> Iterator[tuple[list[Plan], Milliseconds]]:
     """All plans of one kind, and what each costs, kind by kind."""
     roster, parties = asked.candidates.roster, asked.parties
     eligible = [place for place in roster.decoders.tolist() if not parties.spared[place]]
-    prices = sum(alone(asked.ask, parties)) + parties.more_ms + parties.chance_ms
+    prices = total_ms(asked.ask, alone(asked.ask, parties)) + parties.more_ms + parties.chance_ms
     yield [Plan(ALONE, place, place) for place in eligible], prices[eligible]
     for remotes in roster.remotes:
         down, across = remotes.decoders, remotes.everyone
@@ -315,7 +364,8 @@ class Prices(Mapping[str, Milliseconds]):
 
     @cached_property
     def _terms(self) -> Mapping[str, Milliseconds]:
-        return {**alone(self._asked.ask, self._asked.parties)._asdict(), **self._asked.more}
+        ask = self._asked.ask
+        return {**with_slo(ask, alone(ask, self._asked.parties))._asdict(), **self._asked.more}
 
     def __getitem__(self, name: str) -> Milliseconds:
         return self._terms[name]

@@ -8,7 +8,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 
 from vllm_llmd.kernels.memory_cpu import compiled_with
-from vllm_llmd.router import costs, pairs_cpu, plans
+from vllm_llmd.router import costs, misses, pairs_cpu, plans
 from vllm_llmd.router.candidates import Candidates, Loads, Places, RateColumns, Roster, Rows
 from vllm_llmd.router.pairs_cpu import FIELDS, NOBODY, Numbers, best_pair
 from vllm_llmd.router.plans import (
@@ -24,11 +24,13 @@ from vllm_llmd.router.plans import (
     fetched,
     party,
     prefilled,
+    total_ms,
+    with_slo,
 )
 from vllm_llmd.router.policy import Choice
 from vllm_llmd.router.request import Facts
 
-compiled = compiled_with(__file__, pairs_cpu.__file__, plans.__file__, costs.__file__)
+compiled = compiled_with(__file__, pairs_cpu.__file__, plans.__file__, costs.__file__, misses.__file__)
 
 PARTY_ROW: Final = np.dtype([(name, np.float64) for name in Party._fields])
 OWN, CACHED, HELD = (Party._fields.index(name) for name in ("own", "cached", "held"))
@@ -147,11 +149,11 @@ def _cheapest(
             if pair.at != NOBODY and (pair.ms < best_ms or kind == NOBODY):
                 best_ms, kind, at, source = pair.ms, each, pair.at, pair.source
     if kind == ALONE:
-        _note(terms, alone(ask, parties[at]))
+        _note(terms, with_slo(ask, alone(ask, parties[at])))
     elif kind == PREFILLED:
-        _note(terms, prefilled(ask, parties[at], parties[source]))
+        _note(terms, with_slo(ask, prefilled(ask, parties[at], parties[source])))
     elif kind == FETCHED:
-        _note(terms, fetched(ask, parties[at], parties[source]))
+        _note(terms, with_slo(ask, fetched(ask, parties[at], parties[source])))
     return kind, at, source
 
 
@@ -198,7 +200,7 @@ def _best_alone(ask: Ask, parties: Any, decoders: Places) -> tuple[float, int, i
         at = parties[decoders[i]]
         if at.spared > 0:
             continue
-        ms: float = sum(alone(ask, at)) + at.more_ms + at.chance_ms
+        ms: float = total_ms(ask, alone(ask, at)) + at.more_ms + at.chance_ms
         if ms < best_ms or best == NOBODY:
             best = decoders[i]
         if ms < best_ms:

@@ -15,9 +15,8 @@ import numpy as np
 from vllm_llmd.names import EngineId
 from vllm_llmd.router.candidates import Candidates
 from vllm_llmd.router.decisions import Outcome
-from vllm_llmd.router.engine_model import UNTIL_FIRST_BYTE
 from vllm_llmd.router.membership import Engine
-from vllm_llmd.router.plans import Asked, Party, alone, fetched, prefilled
+from vllm_llmd.router.plans import UNTIL_FIRST_BYTE, Asked, Party, alone, fetched, prefilled, with_slo
 from vllm_llmd.router.policy import Choice, Policy, note_placed
 from vllm_llmd.router.prospects import prospect
 from vllm_llmd.router.recorded import Event, Recorded
@@ -233,7 +232,8 @@ class Prices:
         else:
             until = np.array(float(choice.until))
             terms = fetched(self._ask, at, self._party(choice.source)._replace(held=until, given=until))
-        return {name: float(np.nan_to_num(value)) for name, value in terms._asdict().items()}
+        shown = with_slo(self._ask, terms)
+        return {name: float(np.nan_to_num(value)) for name, value in shown._asdict().items()}
 
     def _party(self, place: int) -> Party:
         return Party(*(column[place] for column in self._parties))

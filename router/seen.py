@@ -30,3 +30,9 @@ class Measured:
     last_byte_ms: float
     is_stream: bool
     usage: Usage | None
+
+    @property
+    def tpot_ms(self) -> float | None:
+        """Per token after the first; None where that is not known, or there is none."""
+        tokens = None if self.usage is None else self.usage.completion_tokens
+        return (self.last_byte_ms - self.first_byte_ms) / (tokens - 1) if tokens is not None and tokens > 1 else None

@@ -78,6 +78,16 @@ def with_wish(facts: Facts, wish: Wish) -> Facts:
     return replace(facts, selector=wish.selector, ttft_ms=wish.ttft_ms, tpot_ms=wish.tpot_ms)
 
 
+def still_due(facts: Facts, age_ms: float) -> Facts:
+    """The facts of a request that came so long ago: its first token is due so much sooner, or overdue."""
+    return facts if facts.ttft_ms is None else replace(facts, ttft_ms=facts.ttft_ms - age_ms)
+
+
+def begun(facts: Facts) -> Facts:
+    """The facts of a request whose first token has come."""
+    return facts if facts.ttft_ms is None else replace(facts, ttft_ms=None)
+
+
 def read_objectives(texts: Iterable[str]) -> dict[str, int]:
     """`NAME=PRIORITY`, each. Raises ConfigError."""
     found: dict[str, int] = {}

@@ -82,6 +82,7 @@ PURE = (
     "router/policies/prefix_first.py",
     "router/policies/weighted.py",
     "router/costs.py",
+    "router/misses.py",
     "router/rates.py",
     "router/decide.py",
     "router/decisions.py",

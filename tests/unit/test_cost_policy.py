@@ -123,6 +123,54 @@ def test_who_will_come_counts_so_that_a_prompt_goes_where_little_of_it_is_comput
     assert choose(4000, Row("idle")).terms["congestion_ms"] == 0
 
 
+# --- objectives -----------------------------------------------------------------------------------------------------
+
+
+QUEUE = Row("queue", load=busy(waiting=1, prefill_tokens=20_000))
+CROWD = Row("crowd", load=busy(6))
+"""Its first token comes sooner than in the queue, but six others stand still for it."""
+
+
+def choose_for(ttft_ms: float | None, tpot_ms: float | None, *rows: Row, doubt: float = 1.5) -> Decision:
+    at = replace(columns(rows), doubt=doubt, step_doubt=doubt)
+    wanted = replace(facts(4000), ttft_ms=ttft_ms, tpot_ms=tpot_ms)
+    decision = decide(wanted, at, policies.make("cost", replace(SETTINGS, rng=random.Random(0))))
+    assert decision is not None
+    return decision
+
+
+def test_a_tight_objective_for_the_first_token_goes_where_it_is_kept_and_a_loose_one_leaves_that_to_others() -> None:
+    assert choose_for(None, None, QUEUE, CROWD).destination == "queue"
+    assert choose_for(1000, None, QUEUE, CROWD).destination == "crowd"
+    assert choose_for(100_000, None, QUEUE, CROWD).destination == "queue"
+
+
+def test_an_objective_that_is_missed_wherever_it_goes_does_not_drive_it_to_others_cost() -> None:
+    assert choose_for(1, None, QUEUE, CROWD).destination == "queue"
+
+
+def test_an_objective_for_each_token_goes_where_steps_are_short() -> None:
+    slow = Row("slow", load=busy(waiting=1, prefill_tokens=1000), rates=replace(PRIOR, step_ms=40.0))
+    queued = Row("queued", load=busy(waiting=1, prefill_tokens=60_000))
+    assert choose_for(None, None, slow, queued).destination == "slow"
+    assert choose_for(None, 20, slow, queued).destination == "queued"
+    assert choose_for(None, 1000, slow, queued).destination == "slow"
+
+
+def test_what_a_miss_costs_is_shown_for_everybody() -> None:
+    decision = choose_for(1000, 20, QUEUE, CROWD)
+    assert decision.terms["slo_ms"] > 0 and decision.choice is not None
+    queue_ms, crowd_ms = decision.choice.prices["slo_ms"]
+    assert queue_ms > crowd_ms == pytest.approx(decision.terms["slo_ms"])
+
+
+def test_of_a_miss_all_that_the_plan_costs_is_lost() -> None:
+    for doubt in 1.0, 1.5, 100.0:
+        terms = dict(choose_for(1, None, QUEUE, doubt=doubt).terms)
+        slo_ms = terms.pop("slo_ms")
+        assert sum(terms.values()) / 2 < slo_ms <= sum(terms.values())
+
+
 def test_prompts_on_an_engine_that_only_prefills_do_not_stand_still() -> None:
     rows = [Row("d", "decode"), Row("p", "prefill", load=busy(30))]
     assert choose(4000, *rows).terms["prefill_interference_ms"] == 0

@@ -25,7 +25,10 @@ ROLES: tuple[Role, ...] = ("prefill", "decode", "both")
 
 @dataclass(frozen=True)
 class Fleet:
-    """`odd` is the share of numbers that make no sense, `even` whether engines are alike in all but what they hold."""
+    """`odd` is the share of numbers that make no sense, `even` whether engines are alike in all but what they hold.
+
+    `slo` are objectives of the request, `doubts` by which factors predictions are off.
+    """
 
     engines: int
     roles: tuple[Role, ...]
@@ -35,7 +38,12 @@ class Fleet:
     cached: str
     prompt: int
     seed: int
+    slo: tuple[float | None, float | None] = (None, None)
+    doubts: tuple[float, float] = (1.0, 1.0)
 
+
+objectives_ms = st.one_of(st.none(), st.sampled_from([1e-9, 1.0, 20.0, 300.0, 2000.0, 1e300, np.inf, np.nan]))
+doubts = st.sampled_from([1.0, 1.0, 1.1, 2.0, 150.0, np.inf])
 
 fleets = st.builds(
     Fleet,
@@ -47,6 +55,8 @@ fleets = st.builds(
     st.sampled_from(["nothing", "anything", "one", "alike"]),
     st.sampled_from([1, 17, 300, 2000, 9000]),
     st.integers(0, 2**32),
+    st.tuples(objectives_ms, objectives_ms),
+    st.tuples(doubts, doubts),
 )
 
 
@@ -62,7 +72,9 @@ def candidates(fleet: Fleet, rng: np.random.Generator) -> Candidates:
     }
     prefix = (blocks * share[fleet.cached]).astype(np.int64)
     offloaded = (prefix * rng.choice([0.0, 0.0, 0.5, 1.0], len(engines))).astype(np.int64)
-    return Candidates(roster, prefix, offloaded, prefix, Loads(loads(fleet, rng)), RateColumns(rates(fleet, rng)))
+    tables = Loads(loads(fleet, rng)), RateColumns(rates(fleet, rng))
+    of = Candidates(roster, prefix, offloaded, prefix, *tables)
+    return replace(of, doubt=fleet.doubts[0], step_doubt=fleet.doubts[1])
 
 
 def engine(fleet: Fleet, number: int, rng: np.random.Generator) -> Engine:
@@ -95,7 +107,8 @@ def table(row: np.dtype, values: dict[str, np.ndarray], fleet: Fleet, rng: np.ra
 def asked(fleet: Fleet) -> Asked:
     rng = np.random.default_rng(fleet.seed)
     at = candidates(fleet, rng)
-    facts = Facts("m", array("I"), b"", b"", fleet.prompt, None)
+    ttft_ms, tpot_ms = fleet.slo
+    facts = Facts("m", array("I"), b"", b"", fleet.prompt, None, ttft_ms=ttft_ms, tpot_ms=tpot_ms)
     more = {"far_ms": rng.normal(0, 100, fleet.engines)} if rng.random() < 0.3 else {}
     return Asked(facts, at, more, 1e-6 * rng.random(fleet.engines), int(rng.choice([0, 1, 256])))
 
@@ -155,7 +168,7 @@ def test_the_terms_of_what_is_found_are_those_of_the_plain_formulas(fleet: Fleet
         plans.prefilled(question.ask, at, source),
         plans.fetched(question.ask, at, source),
     )[plan.kind]
-    for name, column in plain._asdict().items():
+    for name, column in plans.with_slo(question.ask, plain)._asdict().items():
         assert choice.terms[name] == pytest.approx(float(column[0]), rel=1e-9, abs=1e-9, nan_ok=True)
     waited_for = (None, np.minimum(at.own, CHUNK_TOKENS), source.held - at.cached)[plan.kind]
     assert choice.transfer_tokens == (None if waited_for is None else waited_for[0])
@@ -172,9 +185,21 @@ def test_among_more_engines_than_can_all_be_paired_one_is_found_that_is_as_good(
     assert choice is not None and prices[plan_of(choice)] == pytest.approx(min(prices.values()), rel=1e-3)
 
 
-def test_a_search_among_hundreds_of_engines_agrees_with_one_that_prices_all_pairs() -> None:
+@settings(deadline=None)
+@given(fleets)
+@pytest.mark.filterwarnings("ignore:invalid value", "ignore:overflow")
+def test_without_an_objective_nothing_can_be_in_vain(fleet: Fleet) -> None:
+    question = asked(replace(fleet, slo=(None, None), odd=0.0))
+    choice = SEARCH.cheapest(question)
+    assert choice is None or (choice.terms["slo_ms"] == 0 and not choice.prices["slo_ms"].any())
+
+
+@pytest.mark.parametrize("slo", [(None, None), (1000.0, None), (5000.0, 20.0)])
+def test_a_search_among_hundreds_of_engines_agrees_with_one_that_prices_all_pairs(
+    slo: tuple[float | None, float | None],
+) -> None:
     for seed, cached in enumerate(("nothing", "anything", "one", "alike") * 3):
         for roles in (("both",), ("prefill", "decode")):
-            question = asked(Fleet(300, roles, 1, 0.0, seed % 2 == 0, cached, 9000, seed))
+            question = asked(Fleet(300, roles, 1, 0.0, seed % 2 == 0, cached, 9000, seed, slo, (1.5, 1.2)))
             choice = SEARCH.cheapest(question)
             assert choice is not None and plan_of(choice) == plans.cheapest(question)

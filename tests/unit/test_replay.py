@@ -20,8 +20,8 @@ from vllm_llmd.router import policies, replay_command
 from vllm_llmd.router.candidates import Candidates, Loads, RateColumns, Roster
 from vllm_llmd.router.decide import decision_of, placed
 from vllm_llmd.router.decisions import Decisions, Made, Outcome, Record
-from vllm_llmd.router.engine_model import UNTIL_FIRST_BYTE
 from vllm_llmd.router.membership import Engine, State
+from vllm_llmd.router.plans import UNTIL_FIRST_BYTE
 from vllm_llmd.router.policy import Choice, Policy, PolicySettings
 from vllm_llmd.router.prospects import prospect
 from vllm_llmd.router.recording import HEAD, LENGTH, Began, Ended, Lost, Reader, RecordingError, Writer, framed

@@ -3,16 +3,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_llmd.errors import ConfigError
-from vllm_llmd.router.request import RequestError
+from vllm_llmd.router.request import Facts, RequestError
 from vllm_llmd.router.slo import (
     LONGEST_TENANT,
     MOST_MS,
     MOST_URGENT,
     NOTHING,
     Wish,
+    begun,
     read_objectives,
     read_weights,
     read_wish,
+    still_due,
+    with_wish,
 )
 
 NAMES = (
@@ -142,3 +145,11 @@ def test_an_objective_without_a_priority_is_refused(text: str) -> None:
 def test_a_weight_that_is_none_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match=r"^tenant_weight must look like TENANT=WEIGHT"):
         read_weights([text])
+
+
+def test_the_first_token_is_due_sooner_after_a_wait_and_not_any_more_once_it_has_come() -> None:
+    facts = with_wish(Facts("m", None, b"", b"", 1, None), Wish(ttft_ms=250, tpot_ms=20))
+    assert (still_due(facts, 100).ttft_ms, still_due(facts, 300).ttft_ms, begun(facts).ttft_ms) == (150, -50, None)
+    assert still_due(facts, 100).tpot_ms == begun(facts).tpot_ms == 20
+    unhurried = Facts("m", None, b"", b"", 1, None)
+    assert still_due(unhurried, 100) is unhurried is begun(unhurried)
