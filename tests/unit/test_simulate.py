@@ -17,8 +17,11 @@ import zmq
 from vllm_llmd.errors import ConfigError
 from vllm_llmd.names import EngineId
 from vllm_llmd.router import policies
-from vllm_llmd.router.policy import PolicySettings
+from vllm_llmd.router.candidates import Candidates
+from vllm_llmd.router.policy import Choice, PolicySettings
+from vllm_llmd.router.request import Facts
 from vllm_llmd.router.settings import RouterSettings
+from vllm_llmd.router.slo import NOTHING, Wish
 from vllm_llmd.sim.asks import Ask
 from vllm_llmd.sim.engine import SimEngine
 from vllm_llmd.sim.settings import SimSettings
@@ -202,6 +205,36 @@ def test_a_trace_is_played_and_reported(tmp_path: Path) -> None:
     assert "://" not in page and "<script" not in page and "<link" not in page
 
 
+def test_objectives_are_sent_only_if_they_are_to_be() -> None:
+    flags = "--synthetic", "50", "--tight-share", "0.5"
+    silent, told = (main.traffic_of(settings_of(*flags, *more)) for more in ((), ("--send-slo",)))
+    assert [request.slo for request in silent] == [request.slo for request in told]
+    assert {request.wish for request in silent} == {NOTHING}
+    assert {request.wish.ttft_ms for request in told} == {1000.0, 5000.0}
+
+
+class Noting:
+    """A policy that chooses nobody."""
+
+    def __init__(self) -> None:
+        self.asked: list[Facts] = []
+
+    def choose(self, facts: Facts, candidates: Candidates) -> Choice | None:
+        self.asked.append(facts)
+        return None
+
+
+def test_a_policy_is_told_what_is_left_of_the_time_until_the_first_token() -> None:
+    events, policy = Events(), Noting()
+    routing = Routing(RouterSettings(), events, policy)
+    call = routing.call("0", TraceRequest(0, 600, 2, [0, 1]).prompt(), None, Wish(ttft_ms=1000.0, tpot_ms=50.0))
+    for at_ms in 0.0, 300.0:
+        events.at(at_ms, lambda _: routing.plan(call), None)
+    while events.next():
+        pass
+    assert [(facts.ttft_ms, facts.tpot_ms) for facts in policy.asked] == [(1000.0, 50.0), (700.0, 50.0)]
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
@@ -211,6 +244,8 @@ def test_a_trace_is_played_and_reported(tmp_path: Path) -> None:
         (("--synthetic", "5", "--engines", "2", "--prefill", "2"), "prefill must be between 0 and 1"),
         (("--synthetic", "5", "--rate", "1", "--speedup", "2"), "give one"),
         (("--synthetic", "5", "--rate", "nan"), "rate must be more than 0"),
+        (("--synthetic", "5", "--tight-share", "1.5"), "tight_share must be between 0 and 1"),
+        (("--synthetic", "5", "--tight-ttft-ms", "0"), "tight_ttft_ms must be more than 0"),
         (("--synthetic", "5", "--blocks", "0"), "blocks must be at least 1"),
         (("--synthetic", "5", "--step-ms", "0"), "step_ms must be more than 0"),
     ],

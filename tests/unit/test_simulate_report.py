@@ -48,6 +48,12 @@ def test_a_request_is_good_that_keeps_both_limits(ttft_ms: float, tpot_ms: float
     assert is_good(outcome(7, ttft_ms, tpot_ms, tokens), SLO) is good
 
 
+def test_one_that_has_objectives_of_its_own_is_judged_by_those() -> None:
+    kept, missed = outcome(7, 150, 5), outcome(7, 50, 5)
+    kept.slo, missed.slo = Slo(ttft_ms=200, tpot_ms=10), Slo(ttft_ms=40, tpot_ms=10)
+    assert is_good(kept, SLO) and not is_good(missed, SLO)
+
+
 def test_one_that_was_cut_short_or_never_began_is_not_good() -> None:
     cut = outcome(0, 1, 1)
     cut.made_tokens = 5

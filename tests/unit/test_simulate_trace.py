@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 
 from vllm_llmd.errors import ConfigError
 from vllm_llmd.kernels.hash_chain_cpu import chain_names
+from vllm_llmd.router.slo import Wish
 from vllm_llmd.simulate import traffic
+from vllm_llmd.simulate.settings import Slo
 from vllm_llmd.simulate.trace import HASHED_TOKENS, TraceRequest, as_line, read_trace
 
 GOOD = b'{"timestamp": 3, "input_length": 600, "output_length": 2, "hash_ids": [0, 7]}'
@@ -86,6 +88,14 @@ def test_copies_share_no_prompt() -> None:
     assert [request.at_ms for request in made] == [0, 0, 0, 10, 10, 10]
     assert len({tuple(request.hash_ids) for request in made}) == 6
     assert {request.hash_ids[0] for request in made} == {0, 3, 6}
+
+
+def test_some_requests_have_tighter_objectives_and_clients_say_which_theirs_are() -> None:
+    tight, others = Slo(ttft_ms=500, tpot_ms=20), Slo(ttft_ms=5000, tpot_ms=100)
+    made = traffic.telling(traffic.tightened(requests_at(*range(1000)), 0.3, tight, random.Random(0)), others)
+    assert sum(request.slo == tight for request in made) == pytest.approx(300, abs=50)
+    assert {request.wish for request in made if request.slo is None} == {Wish(ttft_ms=5000, tpot_ms=100)}
+    assert {request.wish for request in made if request.slo is not None} == {Wish(ttft_ms=500, tpot_ms=20)}
 
 
 def test_too_many_copies_are_refused() -> None:

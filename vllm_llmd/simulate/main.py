@@ -73,7 +73,14 @@ def traffic_of(settings: SimulateSettings) -> list[TraceRequest]:
     speedup = settings.speedup or 1.0
     if settings.rate is not None:
         speedup = settings.rate / traffic.rate_of(requests)
-    return traffic.hastened(requests, speedup)
+    return _with_objectives(traffic.hastened(requests, speedup), settings)
+
+
+def _with_objectives(requests: list[TraceRequest], settings: SimulateSettings) -> list[TraceRequest]:
+    if settings.tight_share > 0:
+        rng = random.Random(f"objectives {settings.seed}")
+        requests = traffic.tightened(requests, settings.tight_share, settings.tight_slo, rng)
+    return traffic.telling(requests, settings.slo) if settings.send_slo else requests
 
 
 def summarised(policy: str, settings: SimulateSettings, requests: Sequence[TraceRequest]) -> Summary:

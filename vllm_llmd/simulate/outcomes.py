@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from vllm_llmd.names import EngineId
 from vllm_llmd.router.flow import Reason
+from vllm_llmd.simulate.settings import Slo
 
 
 @dataclass(slots=True)
@@ -12,7 +13,7 @@ class Outcome:
 
     `computed_tokens` of the prompt were computed somewhere, at the destination or its source; the others were cached.
     At `sent_ms` it left the router for its destination. `refused` says why it could never be served, `shed` why the
-    router sent it away.
+    router sent it away. To count as good it has to keep `slo`, None if it is what all have to.
     """
 
     at_ms: float
@@ -28,6 +29,7 @@ class Outcome:
     last_ms: float | None = None
     refused: str | None = None
     shed: Reason | None = None
+    slo: Slo | None = None
 
     @property
     def waited_ms(self) -> float:

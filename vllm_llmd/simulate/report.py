@@ -93,9 +93,10 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def is_good(outcome: Outcome, slo: Slo) -> bool:
-    """Whether a request has kept the SLO. An answer of one token has no time per token to keep."""
+    """Whether a request has kept the SLO, or its own. An answer of one token has no time per token to keep."""
     if outcome.ttft_ms is None or outcome.made_tokens < outcome.output_tokens:
         return False
+    slo = outcome.slo or slo
     return outcome.ttft_ms <= slo.ttft_ms and (outcome.tpot_ms or 0.0) <= slo.tpot_ms
 
 

@@ -15,7 +15,7 @@ from vllm_llmd.router.prospects import Prospect, prospect
 from vllm_llmd.router.request import Facts
 from vllm_llmd.router.seen import Measured
 from vllm_llmd.router.settings import RouterSettings
-from vllm_llmd.router.slo import NOTHING, Wish
+from vllm_llmd.router.slo import NOTHING, Wish, still_due, with_wish
 from vllm_llmd.simulate.trace import Tokens
 from vllm_llmd.wire import LinkMessage
 
@@ -28,6 +28,7 @@ class Call:
 
     id: str
     facts: Facts
+    came_ms: float
     wish: Wish = NOTHING
 
 
@@ -56,8 +57,8 @@ class Routing:
         """An engine says so. What the router owes it in return, a simulated engine does not need."""
         self.fleet.on_message(b"", message)
 
-    def call(self, request: str, prompt: Tokens, most_tokens: int | None = None) -> Call:
-        """A prompt of token ids. The client may have set a bound on the answer, in tokens.
+    def call(self, request: str, prompt: Tokens, most_tokens: int | None = None, wish: Wish = NOTHING) -> Call:
+        """A prompt of token ids, which comes now. The client may have set a bound on the answer, in tokens.
 
         Policies that look at text see four bytes for each token.
         """
@@ -65,7 +66,7 @@ class Routing:
         facts = replace(
             _NOTHING, tokens=array("I", text), text=text, prompt_tokens=len(prompt), output_tokens=most_tokens
         )
-        return Call(request, facts)
+        return Call(request, with_wish(facts, wish), self._clock.now_ms(), wish)
 
     def arrival(self, call: Call) -> Arrival:
         """What of it decides how it waits."""
@@ -76,13 +77,14 @@ class Routing:
             prompt_tokens=facts.prompt_tokens,
             max_tokens=facts.output_tokens,
             size_bytes=len(facts.text),
-            arrived_ms=self._clock.now_ms(),
+            arrived_ms=call.came_ms,
         )
 
     def plan(self, call: Call) -> Prospect | None:
         """Where it would go now, and whether it does better to wait. None if nobody can take it."""
-        candidates = self.fleet.candidates(call.facts, self._no_text)
-        found = prospect(call.facts, candidates, self._policy, self._is_saturated)
+        facts = still_due(call.facts, self._clock.now_ms() - call.came_ms)
+        candidates = self.fleet.candidates(facts, self._no_text)
+        found = prospect(facts, candidates, self._policy, self._is_saturated)
         self._planned = None if found is None else _Planned(call.id, candidates, found)
         return found
 

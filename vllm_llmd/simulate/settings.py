@@ -57,6 +57,10 @@ class SimulateSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     arrivals: Literal["spread", "as-told"] = "spread"
     slo_ttft_ms: float = 5000.0
     slo_tpot_ms: float = 100.0
+    tight_share: float = 0.0
+    tight_ttft_ms: float = 1000.0
+    tight_tpot_ms: float = 50.0
+    send_slo: bool = False
     heartbeat_ms: float = 500.0
     min_remote_tokens: int = 256
     waiting: Place = "router"
@@ -74,10 +78,21 @@ class SimulateSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1; got {value}")
-        for name in ("minutes", "speedup", "rate", "slo_ttft_ms", "slo_tpot_ms", "heartbeat_ms"):
+        for name in (
+            "minutes",
+            "speedup",
+            "rate",
+            "slo_ttft_ms",
+            "slo_tpot_ms",
+            "tight_ttft_ms",
+            "tight_tpot_ms",
+            "heartbeat_ms",
+        ):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ConfigError(f"{name} must be more than 0; got {value}")
+        if not 0 <= self.tight_share <= 1:
+            raise ConfigError(f"tight_share must be between 0 and 1; got {self.tight_share}")
         if (self.trace is None) == (self.synthetic is None):
             raise ConfigError("give either a trace, --trace FILE, or a number of made-up requests, --synthetic N")
         if self.speedup is not None and self.rate is not None:
@@ -90,6 +105,11 @@ class SimulateSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     @property
     def slo(self) -> Slo:
         return Slo(ttft_ms=self.slo_ttft_ms, tpot_ms=self.slo_tpot_ms)
+
+    @property
+    def tight_slo(self) -> Slo:
+        """Of those of `tight_share`."""
+        return Slo(ttft_ms=self.tight_ttft_ms, tpot_ms=self.tight_tpot_ms)
 
     def router(self) -> RouterSettings:
         """The router of the fleet. Raises ConfigError for settings out of range."""
@@ -128,6 +148,10 @@ _FLAGS: Mapping[str, str] = {
     "arrivals": "as-told, or spread: those of one timestamp come at random times between it and the next",
     "slo_ttft_ms": "time to the first token that a good request keeps",
     "slo_tpot_ms": "time per token after the first that a good request keeps",
+    "tight_share": "share of the requests, by chance, that have tighter ones to keep",
+    "tight_ttft_ms": "time to the first token that these have to keep",
+    "tight_tpot_ms": "time per token after the first that these have to keep",
+    "send_slo": "clients send the router the objectives that their requests have to keep",
     "heartbeat_ms": "how often engines report their load",
     "min_remote_tokens": "uncached prompt tokens from which another engine supplies the KV",
     "waiting": "where requests wait while engines have enough to do: in the router, by its rules, or in the engines",
@@ -149,6 +173,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         flag, text = "--" + setting.name.replace("_", "-"), _FLAGS[setting.name]
         if isinstance(setting.default, tuple):
             parser.add_argument(flag, action="append", help=text)
+            continue
+        if setting.default is False:
+            parser.add_argument(flag, action="store_true", help=text)
             continue
         kind = {int: int, int | None: int, float: float, float | None: float}.get(setting.type, str)
         shown = "" if setting.default is None else " (default: %(default)s)"

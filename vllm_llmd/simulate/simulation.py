@@ -84,7 +84,7 @@ class Simulation:
                 self._routing.told(message)
             member.phase_ms = self._heartbeat_ms * place / len(self._members)
             self._events.at(member.phase_ms, self._report_load, member)
-        self._played.outcomes = [Outcome(each.at_ms, each.prompt_tokens, each.output_tokens) for each in requests]
+        self._played.outcomes = [_unanswered(each) for each in requests]
         self._unfinished = self._told_before = len(requests)
         self._requests, self._follow = list(requests), follow
         self._events.at(requests[0].at_ms, self._arrive, 0)
@@ -103,7 +103,7 @@ class Simulation:
         if number + 1 < self._told_before:
             self._events.at(self._requests[number + 1].at_ms, self._arrive, number + 1)
         request = self._requests[number]
-        call = self._routing.call(str(number), request.prompt(), request.most_tokens)
+        call = self._routing.call(str(number), request.prompt(), request.most_tokens, request.wish)
         plan, then = partial(self._routing.plan, call), partial(self._let_in, number, call)
         self._waiting.admit(self._routing.arrival(call), call.wish, plan, then)
 
@@ -150,7 +150,7 @@ class Simulation:
             self._unfinished += 1
             self._events.at(request.at_ms, self._arrive, len(self._requests))
             self._requests.append(request)
-            self._played.outcomes.append(Outcome(request.at_ms, request.prompt_tokens, request.output_tokens))
+            self._played.outcomes.append(_unanswered(request))
 
     # --- engines ------------------------------------------------------------------------------------------------
 
@@ -258,6 +258,10 @@ class Simulation:
             order.member.model.supplied(order.request.id, 0, self._events.now_ms())
             self._stirred(order.member)
             self._played.given_up += 1
+
+
+def _unanswered(request: TraceRequest) -> Outcome:
+    return Outcome(request.at_ms, request.prompt_tokens, request.output_tokens, slo=request.slo)
 
 
 def _measured(outcome: Outcome, request: SimRequest) -> Measured:

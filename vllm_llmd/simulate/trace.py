@@ -13,6 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_llmd.errors import ConfigError
+from vllm_llmd.router.slo import NOTHING, Wish
+from vllm_llmd.simulate.settings import Slo
 
 HASHED_TOKENS: Final = 512
 """Tokens that one hash id stands for."""
@@ -28,7 +30,8 @@ Tokens = npt.NDArray[np.uint32]
 class TraceRequest:
     """One request: when it comes, how long prompt and answer are, and what the prompt is.
 
-    `most_tokens` is the bound that the client sets on the answer, as far as it tells; a trace does not.
+    `most_tokens` is the bound that the client sets on the answer, `wish` what it says in headers; traces tell neither.
+    To count as good it has to keep `slo`, None if it is what all have to.
     """
 
     at_ms: float
@@ -36,6 +39,8 @@ class TraceRequest:
     output_tokens: int
     hash_ids: Sequence[int]
     most_tokens: int | None = None
+    wish: Wish = NOTHING
+    slo: Slo | None = None
 
     def prompt(self) -> Tokens:
         """Token ids that are equal where the hash ids are: the token ids of a block are its hash id.

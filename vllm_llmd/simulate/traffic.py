@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from vllm_llmd.errors import ConfigError
+from vllm_llmd.router.slo import Wish
+from vllm_llmd.simulate.settings import Slo
 from vllm_llmd.simulate.trace import HASHED_TOKENS, IDS, TraceRequest
 
 
@@ -41,6 +43,20 @@ def hastened(requests: Sequence[TraceRequest], speedup: float) -> list[TraceRequ
     """The same in less time, from 0 on."""
     began_ms = requests[0].at_ms
     return [replace(request, at_ms=(request.at_ms - began_ms) / speedup) for request in requests]
+
+
+def tightened(requests: Sequence[TraceRequest], share: float, slo: Slo, rng: random.Random) -> list[TraceRequest]:
+    """This share of them, by chance, has to keep `slo`."""
+    return [replace(request, slo=slo) if rng.random() < share else request for request in requests]
+
+
+def telling(requests: Sequence[TraceRequest], slo: Slo) -> list[TraceRequest]:
+    """Clients say in headers what their requests have to keep: `slo`, unless it is something else."""
+    return [replace(request, wish=_wish(request.slo or slo)) for request in requests]
+
+
+def _wish(slo: Slo) -> Wish:
+    return Wish(ttft_ms=slo.ttft_ms, tpot_ms=slo.tpot_ms)
 
 
 def rate_of(requests: Sequence[TraceRequest]) -> float:
