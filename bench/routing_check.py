@@ -148,6 +148,7 @@ def simulated(results: Results, fit: Fitted) -> SimulateSettings:
         prefill_context_us=speeds.prefill_us_per_token_per_1k_context,
         decode_us=speeds.decode_us_per_sequence,
         decode_context_us=speeds.decode_us_per_1k_context,
+        request_ms=speeds.request_ms,
         kv_bytes=speeds.kv_bytes_per_token,
         transfer_gbps=speeds.transfer_gb_per_s,
     )

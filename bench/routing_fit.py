@@ -1,21 +1,21 @@
 """From probes to the speeds that the simulator takes. Pure.
 
-Times are linear in what is computed, as the simulator has it, with coefficients that are not negative, chosen for the
+Times are linear in what steps hold, as the simulator has it, with coefficients that are not negative, chosen for the
 least squares of relative errors.
 """
 
 import itertools
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
+from routing_steps import awaited
 from routing_values import Probe
 
 from vllm_llmd.errors import LlmdError
-from vllm_llmd.sim.speeds import Speeds
+from vllm_llmd.sim.speeds import Speeds, Work
 
 Floats = npt.NDArray[np.float64]
 
@@ -24,57 +24,71 @@ TRANSFER_GB_PER_S: Final = 1.0
 
 LEAST_STEP_MS: Final = 0.1
 
+MEASURED: Final[Mapping[str, float]] = {
+    "step_ms": 1.0,
+    "prefill_us_per_token": 1000.0,
+    "prefill_us_per_token_per_1k_context": 1000.0,
+    "decode_us_per_sequence": 1000.0,
+    "decode_us_per_1k_context": 1000.0,
+    "request_ms": 1.0,
+}
+"""Speeds in the order of `_held`, and how many of their units are a millisecond."""
+
 
 @dataclass(frozen=True)
 class Fitted:
-    """`overhead_ms` is what a request takes beside an engine's steps: HTTP, the chat template, tokenizing."""
+    """`overhead_ms` is what a request takes beside what it takes of an engine: connections, the way there and back.
+
+    `within` is how far the times of probes are from what these speeds say of them: the median of relative errors.
+    """
 
     speeds: Speeds
     overhead_ms: float
+    within: float = 0.0
 
 
 def fitted(probes: Sequence[Probe], step_tokens: int, kv_bytes_per_token: int) -> Fitted:
-    """Steps of decoding first; then what prefills take beyond the steps they are cut into. Raises LlmdError."""
-    decodes = [each for each in probes if each.tpot_ms is not None]
-    prefills = [each for each in probes if each.tpot_ms is None]
-    if len(decodes) < 3 or len(prefills) < 3:
+    """Raises LlmdError if there are too few probes to tell all speeds apart."""
+    rows: list[list[float]] = []
+    times_ms: list[float] = []
+    for _, members in itertools.groupby(probes, key=lambda probe: probe.group):
+        group = sorted(members, key=lambda probe: probe.ttft_ms)
+        for probe, steps in zip(group, awaited(group, step_tokens), strict=True):
+            rows.append([*_held(steps.to_first), 1.0])
+            times_ms.append(probe.ttft_ms)
+            if probe.output_tokens > 1:
+                rows.append([*_held(steps.to_last), 0.0])
+                times_ms.append(probe.tpot_ms * (probe.output_tokens - 1))
+    if len(rows) <= len(MEASURED):
         raise LlmdError("too few probes: measure again")
-    batches = [float(each.at_once) for each in decodes]
-    contexts = [each.at_once * each.prompt_tokens / 1000 for each in decodes]
-    step_ms, sequence_ms, context_ms = least_squares(
-        [[1.0] * len(decodes), batches, contexts], [each.tpot_ms or 0.0 for each in decodes]
-    )
-    step_ms = max(step_ms, LEAST_STEP_MS)
-    computed = [each.prompt_tokens - each.cached_tokens for each in prefills]
-    steps_ms = [step_ms * math.ceil(tokens / step_tokens) for tokens in computed]
-    looked_back = [tokens * tokens / 2 / 1000 for tokens in computed]
-    overhead_ms, token_ms, back_ms = least_squares(
-        [[1.0] * len(prefills), list(map(float, computed)), looked_back],
-        [each.ttft_ms - own_ms for each, own_ms in zip(prefills, steps_ms, strict=True)],
-        [each.ttft_ms for each in prefills],
-    )
-    speeds = Speeds(
-        step_ms=step_ms,
-        prefill_us_per_token=token_ms * 1000,
-        prefill_us_per_token_per_1k_context=back_ms * 1000,
-        decode_us_per_sequence=sequence_ms * 1000,
-        decode_us_per_1k_context=context_ms * 1000,
-        kv_bytes_per_token=kv_bytes_per_token,
-        transfer_gb_per_s=TRANSFER_GB_PER_S,
-    )
-    return Fitted(speeds, overhead_ms)
+    found = least_squares(list(zip(*rows, strict=True)), times_ms)
+    own = {name: ms * units for ms, (name, units) in zip(found, MEASURED.items(), strict=False)}
+    own["step_ms"] = max(own["step_ms"], LEAST_STEP_MS)
+    speeds = Speeds(**own, kv_bytes_per_token=kv_bytes_per_token, transfer_gb_per_s=TRANSFER_GB_PER_S)
+    errors = np.abs(np.asarray(rows) @ np.asarray(found) / np.asarray(times_ms) - 1)
+    return Fitted(speeds, found[-1], float(np.median(errors)))
 
 
-def least_squares(
-    columns: Sequence[Sequence[float]], values: Sequence[float], scale: Sequence[float] | None = None
-) -> list[float]:
-    """The coefficients, none of them negative, with the least sum of squared errors in terms of `scale` (`values`).
+def _held(steps: Sequence[Work]) -> list[float]:
+    """What these steps hold, in the units of speeds: how many they are, thousands of tokens looked back at."""
+    return [
+        float(len(steps)),
+        float(sum(step.prefill_tokens for step in steps)),
+        sum(step.prefill_token_contexts for step in steps) / 1000,
+        float(sum(step.decoding for step in steps)),
+        sum(step.decode_context for step in steps) / 1000,
+        float(sum(step.requests for step in steps)),
+    ]
+
+
+def least_squares(columns: Sequence[Sequence[float]], values: Sequence[float]) -> list[float]:
+    """The coefficients, none of them negative, with the least sum of squared relative errors.
 
     All choices of columns are tried: there are few.
     """
-    weights = 1 / np.asarray(values if scale is None else scale)
+    weights = 1 / np.asarray(values)
     matrix: Floats = np.asarray(columns).T * weights[:, None]
-    wanted: Floats = np.asarray(values) * weights
+    wanted: Floats = np.ones(len(values))
     best, least = [0.0] * len(columns), float(wanted @ wanted)
     for count in range(1, len(columns) + 1):
         for chosen in itertools.combinations(range(len(columns)), count):

@@ -58,16 +58,17 @@ class Cell(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Probe(msgspec.Struct, frozen=True, kw_only=True):
-    """One request to an engine whose peers are as busy, without a router; `at_once` were sent together.
+    """One request to an engine whose peers are as busy, without a router; those of a `group` were sent together.
 
-    `cached_tokens` of its prompt were cached. `tpot_ms` is None for an answer of one token.
+    `cached_tokens` of its prompt were cached. `tpot_ms` is per token after the first, 0 if there is no other.
     """
 
-    at_once: int
+    group: int
     prompt_tokens: int
     cached_tokens: int
+    output_tokens: int
     ttft_ms: float
-    tpot_ms: float | None = None
+    tpot_ms: float
 
 
 class Results(msgspec.Struct, kw_only=True):

@@ -3,57 +3,83 @@
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_llmd.errors import LlmdError
-from vllm_llmd.sim.speeds import Speeds, Work
+from vllm_llmd.sim.speeds import Speeds
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "bench"))
 
 from routing_arms import ARMS, OURS
 from routing_check import checked, fit_of, kv_bytes, predicted, table
 from routing_crowd import Crowd, Spoken, Warmed
-from routing_fit import fitted, least_squares
-from routing_plan import WORKLOADS, Conversation, Turn, Workload
+from routing_engines import STEP_TOKENS
+from routing_fit import MEASURED, fitted, least_squares
+from routing_plan import BLOCK_TOKENS, WORKLOADS, Conversation, Turn, Workload
+from routing_probe import CROWDS
+from routing_steps import awaited
 from routing_values import Asked, Cell, Probe, Results, Settings
 
+SPEEDS = Speeds(
+    step_ms=12.0,
+    prefill_us_per_token=500.0,
+    prefill_us_per_token_per_1k_context=90.0,
+    decode_us_per_sequence=3000.0,
+    decode_us_per_1k_context=2000.0,
+    request_ms=7.0,
+)
+TEMPLATE_TOKENS = 30
 
-def probe_of(speeds: Speeds, overhead_ms: float, *, tokens: int, at_once: int = 0) -> Probe:
-    """What engines of these speeds would show: a prefill of so many tokens, or so many sequences that decode."""
-    work = Work()
-    if at_once:
-        for _ in range(at_once):
-            work.decode(tokens)
-        tpot_ms = speeds.work_ms(work)
-        return Probe(at_once=at_once, prompt_tokens=tokens, cached_tokens=tokens, ttft_ms=1.0, tpot_ms=tpot_ms)
-    work.prefill(0, tokens)
-    ttft_ms = overhead_ms + speeds.work_ms(work) + (-(-tokens // 512) - 1) * speeds.step_ms
-    return Probe(at_once=1, prompt_tokens=tokens, cached_tokens=0, ttft_ms=ttft_ms)
+
+def probes_of(speeds: Speeds, overhead_ms: float) -> list[Probe]:
+    """What engines of these speeds would show."""
+    found = []
+    for group, crowd in enumerate(CROWDS):
+        asked = Probe(
+            group=group,
+            prompt_tokens=crowd.cached_words + crowd.words + TEMPLATE_TOKENS,
+            cached_tokens=crowd.cached_words // BLOCK_TOKENS * BLOCK_TOKENS,
+            output_tokens=crowd.answer_tokens,
+            ttft_ms=0.0,
+            tpot_ms=0.0,
+        )
+        for steps in awaited([asked] * crowd.requests, STEP_TOKENS):
+            first_ms, rest_ms = (sum(map(speeds.work_ms, part)) for part in (steps.to_first, steps.to_last))
+            tpot_ms = rest_ms / max(crowd.answer_tokens - 1, 1)
+            found.append(msgspec.structs.replace(asked, ttft_ms=overhead_ms + first_ms, tpot_ms=tpot_ms))
+    return found
 
 
 def test_speeds_are_found_from_what_engines_of_these_speeds_show() -> None:
-    speeds = Speeds(
-        step_ms=12.0,
-        prefill_us_per_token=500.0,
-        prefill_us_per_token_per_1k_context=90.0,
-        decode_us_per_sequence=3000.0,
-        decode_us_per_1k_context=2000.0,
-    )
-    probes = [probe_of(speeds, 8.0, tokens=tokens) for tokens in (60, 400, 1000, 3500)]
-    probes += [probe_of(speeds, 8.0, tokens=t, at_once=n) for n, t in ((1, 60), (4, 60), (8, 60), (1, 1500), (4, 1500))]
-    found = fitted(probes, 512, 46_080)
-    assert found.overhead_ms == pytest.approx(8.0, rel=1e-6)
-    for name in ("step_ms", "prefill_us_per_token", "prefill_us_per_token_per_1k_context"):
-        assert getattr(found.speeds, name) == pytest.approx(getattr(speeds, name), rel=1e-6)
-    for name in ("decode_us_per_sequence", "decode_us_per_1k_context"):
-        assert getattr(found.speeds, name) == pytest.approx(getattr(speeds, name), rel=1e-6)
+    found = fitted(probes_of(SPEEDS, 8.0), STEP_TOKENS, 46_080)
+    assert found.overhead_ms == pytest.approx(8.0, rel=1e-6) and found.within == pytest.approx(0.0, abs=1e-6)
+    for name in MEASURED:
+        assert getattr(found.speeds, name) == pytest.approx(getattr(SPEEDS, name), rel=1e-6)
+
+
+def test_requests_that_come_at_once_share_their_steps() -> None:
+    asked = Probe(group=0, prompt_tokens=300, cached_tokens=0, output_tokens=3, ttft_ms=0.0, tpot_ms=0.0)
+    first, second = awaited([asked] * 2, 512)
+    assert [step.prefill_tokens for step in second.to_first] == [512, 88]
+    assert [step.requests for step in second.to_first] == [2, 0]
+    assert list(first.to_first) == list(second.to_first)[:1]
+    assert [step.decoding for step in first.to_last] == [1, 2] and [step.decoding for step in second.to_last] == [2, 1]
+
+
+def test_what_is_cached_of_a_probe_is_not_computed_again() -> None:
+    asked = Probe(group=0, prompt_tokens=1000, cached_tokens=960, output_tokens=1, ttft_ms=0.0, tpot_ms=0.0)
+    first, second = awaited([asked] * 2, 512)
+    assert [step.prefill_tokens for step in first.to_first] == [80] and not first.to_last
+    assert list(second.to_first) == list(first.to_first)
 
 
 def test_too_few_probes_are_an_error() -> None:
-    with pytest.raises(LlmdError, match="too few"):
-        fitted([], 512, 46_080)
+    for probes in ([], probes_of(SPEEDS, 8.0)[:3]):
+        with pytest.raises(LlmdError, match="too few"):
+            fitted(probes, STEP_TOKENS, 46_080)
 
 
 @given(st.lists(st.tuples(st.floats(0.1, 100.0), st.floats(1.0, 1000.0)), min_size=3, max_size=12))
@@ -143,10 +169,8 @@ def test_the_simulator_is_compared_with_every_arm_that_it_has(tmp_path: Path) ->
         slo_tpot_ms=100.0,
     )
     asked = [Asked(0, 0, 0.0, 20.0, 1.0, prompt_tokens=100, cached_tokens=0, output_tokens=8)]
-    probes = [probe_of(Speeds(), 1.0, tokens=tokens) for tokens in (60, 400, 1000)]
-    probes += [probe_of(Speeds(), 1.0, tokens=60, at_once=n) for n in (1, 2, 4)]
     cells = [Cell(repetition=0, workload="shared", arm=arm, lasted_ms=1.0, asked=asked, split=[1, 0]) for arm in ARMS]
-    found = Results(settings=settings, unit_ms=40.0, probes=probes, cells=cells)
+    found = Results(settings=settings, unit_ms=40.0, probes=probes_of(SPEEDS, 1.0), cells=cells)
     checks = checked(found, fit_of(found))
     assert {each.arm for each in checks} == {"rr", "vllm-rr", "approx", OURS}
     assert all(each.predicted_ms > 1.0 and each.measured_ms == 20.0 for each in checks)

@@ -146,6 +146,7 @@ class Scheduler:
             self._poked_ms = now_ms if preempted else None
             return
         work = self._work()
+        work.requests = len(report.admitted)
         steps = 1 if preempted or work.prefill_tokens or budget < 1 else self._steps_alike()
         first_ms = self.speeds.work_ms(work) * self.slowdown
         self._run = Run(now_ms, first_ms, self.speeds.growth_ms(work.decoding) * self.slowdown, steps)

@@ -48,6 +48,7 @@ class SimSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     prefill_context_us: float = Speeds().prefill_us_per_token_per_1k_context
     decode_us: float = Speeds().decode_us_per_sequence
     decode_context_us: float = Speeds().decode_us_per_1k_context
+    request_ms: float = Speeds().request_ms
     kv_bytes: int = Speeds().kv_bytes_per_token
     transfer_gbps: float = Speeds().transfer_gb_per_s
     cpu_gbps: float = Speeds().offload_gb_per_s
@@ -96,6 +97,7 @@ class SimSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             prefill_us_per_token_per_1k_context=self.prefill_context_us,
             decode_us_per_sequence=self.decode_us,
             decode_us_per_1k_context=self.decode_context_us,
+            request_ms=self.request_ms,
             kv_bytes_per_token=self.kv_bytes,
             transfer_gb_per_s=self.transfer_gbps,
             offload_gb_per_s=self.cpu_gbps,
@@ -135,6 +137,7 @@ _FLAGS: Mapping[str, str] = {
     "prefill_context_us": "time per prompt token and 1,000 tokens before it",
     "decode_us": "time per sequence that decodes",
     "decode_context_us": "time per sequence that decodes and 1,000 tokens before it",
+    "request_ms": "time that a request takes of the engine beside its tokens, in the step that admits it",
     "kv_bytes": "bytes of KV cache per token",
     "transfer_gbps": "GB/s from engine to engine",
     "cpu_gbps": "GB/s from the second tier",
@@ -161,6 +164,7 @@ MODEL: Final = (
     "prefill_context_us",
     "decode_us",
     "decode_context_us",
+    "request_ms",
     "kv_bytes",
     "transfer_gbps",
     "cpu_gbps",

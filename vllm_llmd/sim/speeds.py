@@ -10,7 +10,8 @@ class Speeds:
     """The defaults follow from sizes: a model of 8 billion parameters in 16 bits on one H100. They are not measured.
 
     A step takes `step_ms`, and more for each prompt token computed (and each 1,000 tokens that it looks back at), for
-    each sequence that decodes, and for each 1,000 tokens that those look back at.
+    each sequence that decodes, and for each 1,000 tokens that those look back at. `request_ms` is what a request takes
+    of the engine's processor beside its tokens, in the step that admits it: none where servers have cores of their own.
     """
 
     step_ms: float = 6.0
@@ -18,6 +19,7 @@ class Speeds:
     prefill_us_per_token_per_1k_context: float = 1.2
     decode_us_per_sequence: float = 30.0
     decode_us_per_1k_context: float = 45.0
+    request_ms: float = 0.0
     kv_bytes_per_token: int = 131_072
     transfer_gb_per_s: float = 25.0
     transfer_latency_ms: float = 1.0
@@ -36,6 +38,7 @@ class Speeds:
             + work.prefill_token_contexts * self.prefill_us_per_token_per_1k_context / 1e6
             + work.decoding * self.decode_us_per_sequence / 1e3
             + work.decode_context * self.decode_us_per_1k_context / 1e6
+            + work.requests * self.request_ms
         )
 
     def growth_ms(self, decoding: int) -> float:
@@ -53,12 +56,16 @@ class Speeds:
 
 @dataclass(slots=True)
 class Work:
-    """What one step computes. A prompt token's context are the tokens before it; `decode_context` is summed up."""
+    """What one step computes. A prompt token's context are the tokens before it; `decode_context` is summed up.
+
+    `requests` are those that it admits.
+    """
 
     prefill_tokens: int = 0
     prefill_token_contexts: float = 0.0
     decoding: int = 0
     decode_context: int = 0
+    requests: int = 0
 
     def prefill(self, computed: int, tokens: int) -> None:
         """So many prompt tokens, after `computed` ones."""
