@@ -17,12 +17,12 @@ import routing_client
 import routing_report
 from pd_engines import Engine, free_port
 from resumable import conclude, status_of, versions
-from routing_arms import ARMS, OURS, Front, Places, front
+from routing_arms import ARMS, IN_TURN, OURS, Front, Places, front
 from routing_client import Users
 from routing_engines import Site, empty, engines, served
 from routing_plan import WARM_UP_REQUESTS, WORKLOADS, rotated, warm_up
 from routing_probe import held, probes, unit_ms
-from routing_values import Cell, Results, Settings, load, read, save
+from routing_values import Cell, Probe, Results, Settings, load, read, save
 
 from vllm_llmd.errors import LlmdError
 from vllm_llmd.launch_spec import HOST
@@ -116,6 +116,12 @@ def measure_all(desk: Desk, out: Path, until_s: float) -> list[str]:
     return failed
 
 
+def probed(desk: Desk) -> list[Probe]:
+    """Every probe once, with texts of its own."""
+    with front(IN_TURN, desk.engines, desk.places) as router:
+        return routing_client.run(probes(router.http, len(desk.engines), f"after {len(desk.results.probes)}"))
+
+
 def run(results: Results, args: argparse.Namespace) -> list[str]:
     """Starts the engines and measures; returns what failed. Raises LlmdError if nothing can be measured."""
     with ExitStack() as stack:
@@ -127,11 +133,14 @@ def run(results: Results, args: argparse.Namespace) -> list[str]:
         now_ms = routing_client.run(unit_ms(running))
         results.unit_ms = results.unit_ms or round(now_ms, 1)
         say(f"1,000 tokens of prefill take {now_ms:.0f} ms; a unit is {results.unit_ms:.0f} ms")
-        results.probes = results.probes or routing_client.run(probes(running))
         desk = Desk(results, running, Places(args.vllm_router, link, args.log_dir))
         with front(OURS, running, desk.places) as router:  # compiles what the router has compiled, once
             routing_client.run(held(router.http, desk.unit_s, warm_up(WARM_UP_REQUESTS)))
-        return measure_all(desk, args.out, began_s + args.minutes * 60)
+        results.probes += probed(desk)
+        failed = measure_all(desk, args.out, began_s + args.minutes * 60)
+        results.probes += probed(desk)  # again: in the meantime the machine may have become slower or faster
+        save(results, args.out)
+        return failed
 
 
 def check(results: Results, out: Path) -> None:

@@ -15,11 +15,12 @@ from vllm_llmd.launch_process import Command
 from vllm_llmd.launch_spec import HOST, ROUTER, router_env
 
 OURS: Final = "ours"
-ROUND_ROBINS: Final = ("rr", "vllm-rr")
+IN_TURN: Final = "rr"
+ROUND_ROBINS: Final = (IN_TURN, "vllm-rr")
 """The yardsticks; the better one counts."""
 
 POLICIES: Final[Mapping[str, Sequence[str]]] = {
-    "rr": ("--policy", "round_robin"),
+    IN_TURN: ("--policy", "round_robin"),
     "approx": ("--policy", "approximate_prefix"),
     OURS: (),
 }

@@ -169,7 +169,8 @@ def table(found: Sequence[Checked], fit: Fitted) -> str:
         f"\nthe simulator, with step {speeds.step_ms:.1f} ms, prompt token {speeds.prefill_us_per_token:.0f} us "
         f"(+{speeds.prefill_us_per_token_per_1k_context:.0f} per 1,000 before it), sequence "
         f"{speeds.decode_us_per_sequence:.0f} us (+{speeds.decode_us_per_1k_context:.0f} per 1,000 tokens), "
-        f"overhead {fit.overhead_ms:.0f} ms; mean TTFT in ms"
+        f"request {speeds.request_ms:.0f} ms of its engine and {fit.overhead_ms:.0f} ms beside it "
+        f"(half of the probes within {fit.off_by:.1%} of this); mean TTFT in ms"
     )
     lines = [
         f"{each.workload:12s} {each.arm:11s} {each.measured_ms:9.0f} {each.predicted_ms:9.0f} {each.ratio:6.2f}"

@@ -37,31 +37,30 @@ MEASURED: Final[Mapping[str, float]] = {
 
 @dataclass(frozen=True)
 class Fitted:
-    """`overhead_ms` is what a request takes beside what it takes of an engine: connections, the way there and back.
+    """`overhead_ms` is what a request takes beside what it takes of an engine: the router, connections, the client.
 
-    `within` is how far the times of probes are from what these speeds say of them: the median of relative errors.
+    `off_by` is how far the times of probes are from what these speeds say of them: the median of relative errors.
     """
 
     speeds: Speeds
     overhead_ms: float
-    within: float = 0.0
+    off_by: float = 0.0
 
 
 def fitted(probes: Sequence[Probe], step_tokens: int, kv_bytes_per_token: int) -> Fitted:
     """Raises LlmdError if there are too few probes to tell all speeds apart."""
-    rows: list[list[float]] = []
+    rows: list[Floats] = []
     times_ms: list[float] = []
-    for _, members in itertools.groupby(probes, key=lambda probe: probe.group):
-        group = sorted(members, key=lambda probe: probe.ttft_ms)
-        for probe, steps in zip(group, awaited(group, step_tokens), strict=True):
-            rows.append([*_held(steps.to_first), 1.0])
-            times_ms.append(probe.ttft_ms)
-            if probe.output_tokens > 1:
-                rows.append([*_held(steps.to_last), 0.0])
-                times_ms.append(probe.tpot_ms * (probe.output_tokens - 1))
+    for probe in probes:
+        steps = awaited(probe, step_tokens)
+        rows.append(np.append(np.mean([_held(each.to_first) for each in steps], axis=0), 1.0))
+        times_ms.append(probe.ttft_ms)
+        if probe.rest_ms > 0:
+            rows.append(np.append(np.mean([_held(each.to_last) for each in steps], axis=0), 0.0))
+            times_ms.append(probe.rest_ms)
     if len(rows) <= len(MEASURED):
         raise LlmdError("too few probes: measure again")
-    found = least_squares(list(zip(*rows, strict=True)), times_ms)
+    found = least_squares(np.asarray(rows).T, times_ms)
     own = {name: ms * units for ms, (name, units) in zip(found, MEASURED.items(), strict=False)}
     own["step_ms"] = max(own["step_ms"], LEAST_STEP_MS)
     speeds = Speeds(**own, kv_bytes_per_token=kv_bytes_per_token, transfer_gb_per_s=TRANSFER_GB_PER_S)
@@ -81,7 +80,7 @@ def _held(steps: Sequence[Work]) -> list[float]:
     ]
 
 
-def least_squares(columns: Sequence[Sequence[float]], values: Sequence[float]) -> list[float]:
+def least_squares(columns: Sequence[Sequence[float]] | Floats, values: Sequence[float]) -> list[float]:
     """The coefficients, none of them negative, with the least sum of squared relative errors.
 
     All choices of columns are tried: there are few.

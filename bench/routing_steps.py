@@ -39,23 +39,30 @@ class _Recorder(Speeds):
         return 1.0
 
 
-def awaited(group: Sequence[Probe], step_tokens: int) -> list[Awaited]:
-    """Of requests that came to an engine at once, in order of their first tokens."""
+def awaited(probe: Probe, step_tokens: int) -> list[Awaited]:
+    """Of each of the requests that an engine gets.
+
+    They come one after the other, so that the first has a step of its own, in which the others arrive.
+    """
     speeds = _Recorder()
     engine = Scheduler(Limits(block_size=BLOCK_TOKENS, blocks=CACHE_BLOCKS, token_budget=step_tokens), speeds)
-    cached = max(each.cached_tokens for each in group)
-    if cached:
-        _play(engine, [SimRequest("cached", cached + 1, 1, _names(0, cached, cached))])
+    like = probe.asked[0]
+    if like.cached_tokens:
+        _play(engine, [SimRequest("cached", like.cached_tokens + 1, 1, _names(0, like.cached_tokens, 0))])
     speeds.steps.clear()
-    asked = [
-        SimRequest(
-            str(number), each.prompt_tokens, each.output_tokens, _names(number, each.cached_tokens, each.prompt_tokens)
-        )
-        for number, each in enumerate(group, start=1)
-    ]
-    ends = _play(engine, asked)
-    found = sorted((ends[request.id] for request in asked), key=lambda each: each[0])
-    return [Awaited(speeds.steps[:first], speeds.steps[first:last]) for first, last in found]
+    ends = _play(
+        engine,
+        [
+            SimRequest(
+                str(number),
+                like.prompt_tokens,
+                like.output_tokens,
+                _names(number, like.cached_tokens, like.prompt_tokens),
+            )
+            for number in range(1, probe.at_once + 1)
+        ],
+    )
+    return [Awaited(speeds.steps[:first], speeds.steps[first:last]) for first, last in ends]
 
 
 def _names(number: int, cached_tokens: int, tokens: int) -> list[BlockName]:
@@ -65,15 +72,18 @@ def _names(number: int, cached_tokens: int, tokens: int) -> list[BlockName]:
     return [BlockName(name) for name in (*range(1, shared + 1), *own)]
 
 
-def _play(engine: Scheduler, requests: Sequence[SimRequest]) -> dict[str, tuple[int, int]]:
+def _play(engine: Scheduler, requests: Sequence[SimRequest]) -> list[tuple[int, int]]:
     """After how many steps each has its first token, and its last one."""
-    began_ms = float(engine.counts.steps)
-    for request in requests:
-        engine.submit(request, began_ms)
+    first, *others = requests
+    now_ms = float(engine.counts.steps)
+    engine.submit(first, now_ms)
+    engine.step(now_ms)
+    for request in others:
+        engine.submit(request, now_ms)
     ends: dict[str, tuple[int, int]] = {}
-    taken = -1
+    taken = 0
     while engine.next_ms is not None:
         taken += 1
         for request, _ in engine.step(engine.next_ms).made:
             ends[request.id] = ends.get(request.id, (taken, taken))[0], taken
-    return ends
+    return [ends[request.id] for request in requests]

@@ -1,6 +1,7 @@
 """What `make bench-routing` is asked for and what it measures, as the values that stand in `results/routing.json`."""
 
 from pathlib import Path
+from statistics import fmean
 
 import msgspec
 
@@ -58,17 +59,20 @@ class Cell(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Probe(msgspec.Struct, frozen=True, kw_only=True):
-    """One request to an engine whose peers are as busy, without a router; those of a `group` were sent together.
+    """Requests of one length, `at_once` to each engine, through a router that deals them out in turn."""
 
-    `cached_tokens` of its prompt were cached. `tpot_ms` is per token after the first, 0 if there is no other.
-    """
+    at_once: int
+    asked: list[Asked]
 
-    group: int
-    prompt_tokens: int
-    cached_tokens: int
-    output_tokens: int
-    ttft_ms: float
-    tpot_ms: float
+    @property
+    def ttft_ms(self) -> float:
+        """On average."""
+        return fmean(each.ttft_ms for each in self.asked)
+
+    @property
+    def rest_ms(self) -> float:
+        """From the first token to the last one, on average."""
+        return fmean(each.tpot_ms * (each.output_tokens - 1) for each in self.asked)
 
 
 class Results(msgspec.Struct, kw_only=True):

@@ -19,7 +19,7 @@ from routing_crowd import Crowd, Spoken, Warmed
 from routing_engines import STEP_TOKENS
 from routing_fit import MEASURED, fitted, least_squares
 from routing_plan import BLOCK_TOKENS, WORKLOADS, Conversation, Turn, Workload
-from routing_probe import CROWDS
+from routing_probe import CACHED_WORDS, VOLLEYS, Volley
 from routing_steps import awaited
 from routing_values import Asked, Cell, Probe, Results, Settings
 
@@ -34,50 +34,59 @@ SPEEDS = Speeds(
 TEMPLATE_TOKENS = 30
 
 
+def like(*, prompt_tokens: int, cached_tokens: int = 0, output_tokens: int = 1, at_once: int = 1) -> Probe:
+    """Requests that nobody has timed yet."""
+    asked = Asked(0, 0, 0.0, 0.0, 0.0, prompt_tokens, cached_tokens, output_tokens)
+    return Probe(at_once=at_once, asked=[asked] * at_once)
+
+
+def probe_of(volley: Volley, speeds: Speeds, overhead_ms: float) -> Probe:
+    """What an engine of these speeds would show."""
+    cached = CACHED_WORDS if volley.cached else 0
+    untimed = like(
+        prompt_tokens=cached + volley.words + TEMPLATE_TOKENS,
+        cached_tokens=cached // BLOCK_TOKENS * BLOCK_TOKENS,
+        output_tokens=volley.answer_tokens,
+        at_once=volley.at_once,
+    )
+    timed = []
+    for steps in awaited(untimed, STEP_TOKENS):
+        first_ms, rest_ms = (sum(map(speeds.work_ms, part)) for part in (steps.to_first, steps.to_last))
+        tpot_ms = rest_ms / max(volley.answer_tokens - 1, 1)
+        timed.append(msgspec.structs.replace(untimed.asked[0], ttft_ms=overhead_ms + first_ms, tpot_ms=tpot_ms))
+    return Probe(at_once=volley.at_once, asked=timed)
+
+
 def probes_of(speeds: Speeds, overhead_ms: float) -> list[Probe]:
-    """What engines of these speeds would show."""
-    found = []
-    for group, crowd in enumerate(CROWDS):
-        asked = Probe(
-            group=group,
-            prompt_tokens=crowd.cached_words + crowd.words + TEMPLATE_TOKENS,
-            cached_tokens=crowd.cached_words // BLOCK_TOKENS * BLOCK_TOKENS,
-            output_tokens=crowd.answer_tokens,
-            ttft_ms=0.0,
-            tpot_ms=0.0,
-        )
-        for steps in awaited([asked] * crowd.requests, STEP_TOKENS):
-            first_ms, rest_ms = (sum(map(speeds.work_ms, part)) for part in (steps.to_first, steps.to_last))
-            tpot_ms = rest_ms / max(crowd.answer_tokens - 1, 1)
-            found.append(msgspec.structs.replace(asked, ttft_ms=overhead_ms + first_ms, tpot_ms=tpot_ms))
-    return found
+    return [probe_of(volley, speeds, overhead_ms) for volley in VOLLEYS]
 
 
 def test_speeds_are_found_from_what_engines_of_these_speeds_show() -> None:
     found = fitted(probes_of(SPEEDS, 8.0), STEP_TOKENS, 46_080)
-    assert found.overhead_ms == pytest.approx(8.0, rel=1e-6) and found.within == pytest.approx(0.0, abs=1e-6)
+    assert found.overhead_ms == pytest.approx(8.0, rel=1e-6) and found.off_by == pytest.approx(0.0, abs=1e-6)
     for name in MEASURED:
         assert getattr(found.speeds, name) == pytest.approx(getattr(SPEEDS, name), rel=1e-6)
 
 
-def test_requests_that_come_at_once_share_their_steps() -> None:
-    asked = Probe(group=0, prompt_tokens=300, cached_tokens=0, output_tokens=3, ttft_ms=0.0, tpot_ms=0.0)
-    first, second = awaited([asked] * 2, 512)
-    assert [step.prefill_tokens for step in second.to_first] == [512, 88]
-    assert [step.requests for step in second.to_first] == [2, 0]
-    assert list(first.to_first) == list(second.to_first)[:1]
-    assert [step.decoding for step in first.to_last] == [1, 2] and [step.decoding for step in second.to_last] == [2, 1]
+def test_requests_that_come_during_a_step_share_the_next_one() -> None:
+    first, second, third = awaited(like(prompt_tokens=300, output_tokens=2, at_once=3), 512)
+    assert [step.prefill_tokens for step in third.to_first] == [300, 511, 89]
+    assert [step.requests for step in third.to_first] == [1, 2, 0]
+    assert [step.decoding for step in third.to_first] == [0, 1, 1]
+    assert list(first.to_first) == list(third.to_first)[:1] and list(second.to_first) == list(third.to_first)[:2]
+    assert list(first.to_last) == list(third.to_first)[1:2]
+    assert [step.decoding for step in third.to_last] == [1]
 
 
 def test_what_is_cached_of_a_probe_is_not_computed_again() -> None:
-    asked = Probe(group=0, prompt_tokens=1000, cached_tokens=960, output_tokens=1, ttft_ms=0.0, tpot_ms=0.0)
-    first, second = awaited([asked] * 2, 512)
-    assert [step.prefill_tokens for step in first.to_first] == [80] and not first.to_last
-    assert list(second.to_first) == list(first.to_first)
+    first, second = awaited(like(prompt_tokens=1000, cached_tokens=960, at_once=2), 512)
+    assert [step.prefill_tokens for step in second.to_first] == [40, 40]
+    assert [step.prefill_token_contexts for step in second.to_first] == [40 * 980.0] * 2
+    assert list(first.to_first) == list(second.to_first)[:1] and not second.to_last
 
 
 def test_too_few_probes_are_an_error() -> None:
-    for probes in ([], probes_of(SPEEDS, 8.0)[:3]):
+    for probes in ([], probes_of(SPEEDS, 8.0)[:6]):
         with pytest.raises(LlmdError, match="too few"):
             fitted(probes, STEP_TOKENS, 46_080)
 
