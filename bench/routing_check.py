@@ -1,6 +1,7 @@
 """How far the simulator is from the engines: the same workloads through `vllm_llmd.simulate`, at their speeds. Pure."""
 
 import json
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,9 @@ POLICY_OF: Final = {
 """The policies of arms that the simulator has; vLLM's round robin does what ours does."""
 
 WITHIN: Final = 0.2
+
+GAMES: Final = 3
+"""How often a cell is played. Of requests that are sent at once, chance decides which engine gets which."""
 
 TYPICAL: Final = Fitted(
     Speeds(
@@ -84,17 +88,20 @@ def checked(results: Results, fit: Fitted) -> list[Checked]:
 
 
 def mean_ttft_ms(results: Results, fit: Fitted, workload: str, arm: str, repetition: int) -> float:
-    """What the simulator says of one cell."""
-    return fmean(each.ttft_ms for each in predicted_cell(results, fit, (repetition, workload, arm)).asked)
+    """What the simulator says of one cell, on average over some games of chance."""
+    cells = [predicted_cell(results, fit, (repetition, workload, arm), game) for game in range(GAMES)]
+    return fmean(each.ttft_ms for cell in cells for each in cell.asked)
 
 
-def predicted_cell(results: Results, fit: Fitted, key: tuple[int, str, str]) -> Cell:
+def predicted_cell(results: Results, fit: Fitted, key: tuple[int, str, str], game: int = 0) -> Cell:
     """A cell as the simulator has it; only times and tokens of its requests mean anything."""
     repetition, workload, arm = key
     settings, unit_ms = results.settings, results.unit_ms or 0.0
     warming = warm_up(WARM_UP_REQUESTS)
     asked = WORKLOADS[workload](settings.seed + repetition, settings.scale)
-    crowd = Warmed(Crowd(warming, unit_ms, fit.overhead_ms), warming.requests, Crowd(asked, unit_ms, fit.overhead_ms))
+    chance = random.Random(f"{key} {game}")
+    users = Crowd(asked, unit_ms, fit.overhead_ms, chance)
+    crowd = Warmed(Crowd(warming, unit_ms, fit.overhead_ms, chance), warming.requests, users)
     played = simulate.played(POLICY_OF[arm], simulated(results, fit), crowd.first(), crowd.follow)
     outcomes = played.outcomes[warming.requests :]
     began_ms = outcomes[0].at_ms

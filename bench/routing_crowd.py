@@ -4,6 +4,7 @@ A client of a closed loop asks anew as soon as it is answered, and a chat's next
 token ids that are equal where the words are.
 """
 
+import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -38,10 +39,14 @@ class Spoken(TraceRequest):
 
 
 class Crowd:
-    """The users of a workload, in the simulation's time. A request reaches its engine `overhead_ms` later."""
+    """The users of a workload, in the simulation's time.
 
-    def __init__(self, workload: Workload, unit_ms: float, overhead_ms: float) -> None:
-        self._workload, self._unit_ms, self._overhead_ms = workload, unit_ms, overhead_ms
+    A request reaches its engine `overhead_ms` later on average, at least half of that and at most half more: of those
+    that are sent at once it is chance who comes first.
+    """
+
+    def __init__(self, workload: Workload, unit_ms: float, overhead_ms: float, chance: random.Random) -> None:
+        self._workload, self._unit_ms, self._overhead_ms, self._chance = workload, unit_ms, overhead_ms, chance
         self._asked: list[tuple[int, int]] = []
         self._next = iter(range(len(workload.conversations)))
 
@@ -49,25 +54,30 @@ class Crowd:
         """Who asks whatever is answered, in order of time."""
         count = self._workload.clients or len(self._workload.conversations)
         numbers = [number for _, number in zip(range(count), self._next, strict=False)]
-        times = [0.0 if self._workload.clients else self._of(number).at for number in numbers]
-        return [self._ask(number, 0, now_ms + at * self._unit_ms) for number, at in zip(numbers, times, strict=True)]
+        at = [0.0 if self._workload.clients else self._of(number).at for number in numbers]
+        times_ms = [self._there_ms(now_ms + each * self._unit_ms) for each in at]
+        return [self._ask(number, 0, at_ms) for at_ms, number in sorted(zip(times_ms, numbers, strict=True))]
 
     def follow(self, number: int, now_ms: float) -> Sequence[TraceRequest]:
         """What the same user asks after the answer to the request of that number."""
         conversation, turn = self._asked[number]
         turns = self._of(conversation).turns
         if turn + 1 < len(turns):
-            return (self._ask(conversation, turn + 1, now_ms + turns[turn + 1].pause * self._unit_ms),)
+            sent_ms = now_ms + turns[turn + 1].pause * self._unit_ms
+            return (self._ask(conversation, turn + 1, self._there_ms(sent_ms)),)
         following = next(self._next, None) if self._workload.clients else None
-        return () if following is None else (self._ask(following, 0, now_ms),)
+        return () if following is None else (self._ask(following, 0, self._there_ms(now_ms)),)
 
     def _of(self, number: int) -> Conversation:
         return self._workload.conversations[number]
 
-    def _ask(self, number: int, turn: int, sent_ms: float) -> TraceRequest:
+    def _there_ms(self, sent_ms: float) -> float:
+        return sent_ms + self._overhead_ms * self._chance.uniform(0.5, 1.5)
+
+    def _ask(self, number: int, turn: int, at_ms: float) -> TraceRequest:
         self._asked.append((number, turn))
         said, told = tuple(_prompt(self._of(number), number, turn)), tuple(_answer(self._of(number), number, turn))
-        return Spoken(sent_ms + self._overhead_ms, len(said), len(told), (), len(told), said, told)
+        return Spoken(at_ms, len(said), len(told), (), len(told), said, told)
 
 
 class Warmed:

@@ -1,11 +1,12 @@
 """The simulator beside the placement benchmark: speeds from probes, and users who do as in the benchmark."""
 
+import random
 import sys
 from pathlib import Path
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_llmd.errors import LlmdError
@@ -91,6 +92,7 @@ def test_too_few_probes_are_an_error() -> None:
             fitted(probes, STEP_TOKENS, 46_080)
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.floats(0.1, 100.0), st.floats(1.0, 1000.0)), min_size=3, max_size=12))
 def test_no_coefficient_is_ever_negative(points: list[tuple[float, float]]) -> None:
     found = least_squares([[1.0] * len(points), [x for x, _ in points]], [y for _, y in points])
@@ -99,7 +101,7 @@ def test_no_coefficient_is_ever_negative(points: list[tuple[float, float]]) -> N
 
 def all_of(workload: Workload) -> list[Spoken]:
     """Everything that its users ask, if each answer takes 10 ms."""
-    crowd = Crowd(workload, unit_ms=500.0, overhead_ms=5.0)
+    crowd = Crowd(workload, unit_ms=500.0, overhead_ms=0.0, chance=random.Random(0))
     asked = list(crowd.first())
     for number, each in enumerate(asked):
         asked += crowd.follow(number, each.at_ms + 10.0)
@@ -122,19 +124,32 @@ def test_a_simulated_turn_begins_with_all_that_was_said_before_and_its_answer() 
     first, second = all_of(Workload("chats", (chat,)))
     assert list(second.prompt())[: first.prompt_tokens] == list(first.prompt())
     assert list(second.prompt())[first.prompt_tokens :][:3] == list(first.answer(0))
-    assert second.at_ms == first.at_ms + 10.0 + 2 * 500.0 + 5.0
+    assert second.at_ms == first.at_ms + 10.0 + 2 * 500.0
     assert second.prompt_tokens == len(second.prompt()) and second.hash_ids == ()
 
 
 def test_simulated_clients_of_a_closed_loop_are_as_many_as_in_the_benchmark() -> None:
     asked = all_of(WORKLOADS["shared"](0, 0.5))
-    assert [each.at_ms for each in asked[:9]] == [5.0] * 8 + [20.0]
+    assert [each.at_ms for each in asked[:9]] == [0.0] * 8 + [10.0]
+
+
+def test_it_is_chance_which_of_those_that_ask_at_once_comes_first() -> None:
+    orders = set()
+    for seed in range(10):
+        crowd = Crowd(WORKLOADS["shared"](0, 0.5), unit_ms=500.0, overhead_ms=8.0, chance=random.Random(seed))
+        asked = crowd.first()
+        assert [each.at_ms for each in asked] == sorted(each.at_ms for each in asked)
+        assert all(4.0 <= each.at_ms <= 12.0 for each in asked)
+        orders.add(tuple(tuple(each.prompt()[-40:]) for each in asked))
+    assert len(orders) > 1
 
 
 def test_what_warms_up_is_answered_before_the_others_begin() -> None:
     warming = Workload("w", tuple(Conversation("", (Turn("model", 1),)) for _ in range(3)), clients=2)
     chat = Conversation("system", (Turn("model", 3), Turn("cache", 2)), at=1.0)
-    crowd = Warmed(Crowd(warming, 100.0, 0.0), 3, Crowd(Workload("chats", (chat,)), 100.0, 0.0))
+    chance = random.Random(0)
+    chats = Crowd(Workload("chats", (chat,)), 100.0, 0.0, chance)
+    crowd = Warmed(Crowd(warming, 100.0, 0.0, chance), 3, chats)
     asked = list(crowd.first())
     for number, each in enumerate(asked):
         asked += crowd.follow(number, each.at_ms + 10.0)
@@ -142,7 +157,7 @@ def test_what_warms_up_is_answered_before_the_others_begin() -> None:
 
 
 def test_a_prediction_has_a_cell_for_all_that_the_simulator_can_play() -> None:
-    settings = Settings(
+    asked_for = Settings(
         model="",
         engines=2,
         arms=list(ARMS),
@@ -153,7 +168,7 @@ def test_a_prediction_has_a_cell_for_all_that_the_simulator_can_play() -> None:
         slo_ttft_ms=1000.0,
         slo_tpot_ms=100.0,
     )
-    played = predicted(Results(settings=settings))
+    played = predicted(Results(settings=asked_for))
     assert {cell.key for cell in played.cells} == {
         (repetition, "mixed", arm) for repetition in range(2) for arm in ("rr", "vllm-rr", "approx", OURS)
     }
@@ -166,7 +181,7 @@ def test_the_simulator_is_compared_with_every_arm_that_it_has(tmp_path: Path) ->
         '{"num_hidden_layers": 30, "num_key_value_heads": 3, "hidden_size": 576, "num_attention_heads": 9}'
     )
     assert kv_bytes(tmp_path) == 23_040
-    settings = Settings(
+    asked_for = Settings(
         model=str(tmp_path),
         engines=2,
         arms=list(ARMS),
@@ -179,7 +194,7 @@ def test_the_simulator_is_compared_with_every_arm_that_it_has(tmp_path: Path) ->
     )
     asked = [Asked(0, 0, 0.0, 20.0, 1.0, prompt_tokens=100, cached_tokens=0, output_tokens=8)]
     cells = [Cell(repetition=0, workload="shared", arm=arm, lasted_ms=1.0, asked=asked, split=[1, 0]) for arm in ARMS]
-    found = Results(settings=settings, unit_ms=40.0, probes=probes_of(SPEEDS, 1.0), cells=cells)
+    found = Results(settings=asked_for, unit_ms=40.0, probes=probes_of(SPEEDS, 1.0), cells=cells)
     checks = checked(found, fit_of(found))
     assert {each.arm for each in checks} == {"rr", "vllm-rr", "approx", OURS}
     assert all(each.predicted_ms > 1.0 and each.measured_ms == 20.0 for each in checks)
