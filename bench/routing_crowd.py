@@ -18,6 +18,8 @@ from vllm_llmd.simulate.trace import IDS, Tokens, TraceRequest
 QUIET_MS: Final = 1000.0
 """Between the requests that warm up and the others."""
 
+APART_MS: Final = 1.0
+
 _IDS: Final = {word: number for number, word in enumerate(WORDS, start=1)}
 _HEAD: Final = (1001, 1002, 1003)
 _TAIL: Final = (1004, 1005)
@@ -41,8 +43,8 @@ class Spoken(TraceRequest):
 class Crowd:
     """The users of a workload, in the simulation's time.
 
-    A request reaches its engine `overhead_ms` later on average, at least half of that and at most half more: of those
-    that are sent at once it is chance who comes first.
+    A request reaches its engine `overhead_ms` later, and up to `APART_MS` more: of those that are sent at once it is
+    chance who comes first.
     """
 
     def __init__(self, workload: Workload, unit_ms: float, overhead_ms: float, chance: random.Random) -> None:
@@ -72,7 +74,7 @@ class Crowd:
         return self._workload.conversations[number]
 
     def _there_ms(self, sent_ms: float) -> float:
-        return sent_ms + self._overhead_ms * self._chance.uniform(0.5, 1.5)
+        return sent_ms + self._overhead_ms + self._chance.uniform(0.0, APART_MS)
 
     def _ask(self, number: int, turn: int, at_ms: float) -> TraceRequest:
         self._asked.append((number, turn))
