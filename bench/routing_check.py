@@ -31,7 +31,7 @@ POLICY_OF: Final = {
 
 WITHIN: Final = 0.2
 
-GAMES: Final = 3
+GAMES: Final = 5
 """How often a cell is played. Of requests that are sent at once, chance decides which engine gets which."""
 
 TYPICAL: Final = Fitted(
