@@ -79,7 +79,7 @@ class Crowd:
     def _ask(self, number: int, turn: int, at_ms: float) -> TraceRequest:
         self._asked.append((number, turn))
         said, told = tuple(_prompt(self._of(number), number, turn)), tuple(_answer(self._of(number), number, turn))
-        return Spoken(at_ms, len(said), len(told), (), len(told), said, told)
+        return Spoken(at_ms, len(said), len(told), (), len(told), said=said, told=told)
 
 
 class Warmed:
