@@ -4,11 +4,12 @@ One request is let go at a time, and the next only when that one has been placed
 engines have by then. `flow.Flow` decides who, `prospects` what for; whoever drives this acts on the events it returns.
 """
 
+import heapq
 import itertools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Final
 
@@ -18,6 +19,7 @@ from vllm_llmd.router.candidates import Roster
 from vllm_llmd.router.fleet import Fleet
 from vllm_llmd.router.flow import Arrival, Flow, IsOpen, Item, Pool, QueueLimits, Shed, to_wait
 from vllm_llmd.router.membership import Engine, State
+from vllm_llmd.router.preemption import Preemption
 from vllm_llmd.router.prospects import Prospect, Wait
 from vllm_llmd.router.rosters import may_take
 from vllm_llmd.router.settings import RouterSettings
@@ -68,8 +70,15 @@ class LetGo:
     waited_ms: float
 
 
-Event = Passed | Held | LetGo | Shed
-"""What has happened to a request that came or waited. After all but `Held` it waits no more."""
+@dataclass(frozen=True)
+class GiveUp:
+    """An engine has it and has not begun to answer: it is to be broken off, and to come again by `readmit`."""
+
+    item: Item
+
+
+Event = Passed | Held | LetGo | Shed | GiveUp
+"""What has happened to a request that came or waited: after all but `Held` it waits no more. `GiveUp` is for others."""
 
 
 @dataclass
@@ -101,6 +110,7 @@ class Admission:
         )
         weights = settings.tenant_weight or {}
         self.flow = Flow(QueueLimits(settings.queue_requests, settings.queue_bytes, weights))
+        self.preemption = Preemption(self._limits, self.flow, settings.preemptions)
         self._guests: dict[str, _Guest] = {}
         self._lined: dict[str, _Guest] = {}
         self._longest_ms = settings.queue_ttl_ms
@@ -124,10 +134,21 @@ class Admission:
     def admit(self, arrival: Arrival, wish: Wish, plan: Plan, now_ms: float) -> list[Event]:
         """A request has come. It waits if it is not among the events; whoever else is waits no more."""
         self._fleet.traffic.asked(arrival.id, arrival.pool.wanted.model, wish, now_ms)
-        guest = _Guest(to_wait(arrival, wish, self._longest_ms), plan)
-        if self._let_go is not None or self.flow.waiting(arrival.pool) or not self._has_room(now_ms, arrival.pool):
-            return self._enter(guest)
-        prospect = plan()
+        return self._take_in(_Guest(self.item(arrival, wish), plan), now_ms)
+
+    def readmit(self, arrival: Arrival, wish: Wish, plan: Plan, now_ms: float) -> list[Event]:
+        """As `admit`, for one that was given up: in its old place, and not on its tenant's account again."""
+        return self._take_in(_Guest(replace(self.item(arrival, wish), tokens=0), plan), now_ms)
+
+    def item(self, arrival: Arrival, wish: Wish) -> Item:
+        """The request as it would wait."""
+        return to_wait(arrival, wish, self._longest_ms)
+
+    def _take_in(self, guest: _Guest, now_ms: float) -> list[Event]:
+        pool = guest.item.pool
+        if self._let_go is not None or self.flow.waiting(pool) or not self._has_room(now_ms, pool):
+            return [*self._enter(guest), *self._given_up_for(guest, now_ms)]
+        prospect = guest.plan()
         if prospect is None or not self.flow.fits(guest.item):  # it goes, for want of room to wait
             return [Passed(guest.item)]
         wait = self._worth_waiting(guest, prospect, now_ms)
@@ -169,7 +190,15 @@ class Admission:
             self._forget(shed.item.id)
         return [*sheds]
 
+    def _given_up_for(self, guest: _Guest, now_ms: float) -> list[Event]:
+        """Best effort gives way to it, if it waits for want of room."""
+        if guest.item.id not in self._guests or guest.line is not None or self._let_go is not None:
+            return []
+        roster = self._fleet.roster(guest.item.pool.wanted)
+        return [GiveUp(item) for item in self.preemption.victims(guest.item, roster, now_ms)]
+
     def _forget(self, request: str) -> None:
+        self.preemption.waits_no_more(request)
         del self._guests[request]
         self._fleet.traffic.waits_no_more(request)
 
@@ -187,6 +216,7 @@ class Admission:
     def _line_up(self, guest: _Guest, wait: Wait, now_ms: float) -> list[Event]:
         if guest.item.id not in self._guests:  # it was sent away as it entered
             return []
+        self.preemption.waits_no_more(guest.item.id)
         events: list[Event] = [] if guest.last is not None else [Held(guest.item)]
         patience_ends_ms = math.inf if guest.patience_ends_ms is None else guest.patience_ends_ms
         guest.line, guest.last = wait, wait.engine
@@ -220,7 +250,15 @@ class Admission:
         for guest in list(itertools.islice(due, MOVED)):
             self._step_out(guest)
             self.flow.move(guest.item.id, guest.item.pool)
-        return [*events, *self._look_at_all(now_ms)]
+        return [*events, *self._look_at_all(now_ms), *self._given_up_for_all(now_ms)]
+
+    def _given_up_for_all(self, now_ms: float) -> list[Event]:
+        """Who still waits is looked at, the first of them."""
+        if not len(self.preemption) or self._let_go is not None:
+            return []
+        waiting = (guest for guest in self._guests.values() if guest.item.priority >= 0)
+        first = heapq.nsmallest(MOVED, waiting, key=lambda guest: (-guest.item.priority, guest.item.deadline_ms))
+        return [event for guest in first for event in self._given_up_for(guest, now_ms)]
 
     def go_on(self, now_ms: float) -> list[Event]:
         """The one before is placed."""

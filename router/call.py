@@ -13,6 +13,7 @@ from vllm_llmd.router.bodies import Hold
 from vllm_llmd.router.candidates import Candidates
 from vllm_llmd.router.decide import Decision
 from vllm_llmd.router.failover import Way
+from vllm_llmd.router.flow import Arrival
 from vllm_llmd.router.membership import Engine
 from vllm_llmd.router.prospects import Prospect
 from vllm_llmd.router.request import Facts
@@ -55,6 +56,7 @@ class Call:
     asks_usage: bool
     wish: Wish
     way: Way | None
+    arrival: Arrival
     hold: Hold
     """Room for its body."""
     explain: bool = False
@@ -68,6 +70,8 @@ class Call:
     """Made for it so far."""
     explained: Mapping[str, str] = field(default_factory=dict)
     """Headers that tell the client of the latest."""
+    given_up: int = 0
+    """How often an engine had it and was told to leave it, for the sake of others."""
     begun: Begun | None = None
     broken: str | None = None
     """Why its answer is not whole."""

@@ -3,7 +3,9 @@
 import asyncio
 import logging
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, nullcontext
+from functools import partial
 from typing import Final
 
 import aiohttp
@@ -11,22 +13,30 @@ from aiohttp import web
 
 from vllm_llmd.names import EngineId
 from vllm_llmd.router import explain, policies, replies, rewrite, slo, upstream
+from vllm_llmd.router.admission import Plan
 from vllm_llmd.router.barred import barred, filtered, saturated
 from vllm_llmd.router.call import Call, Planned, asks_usage_of, attempt_at
 from vllm_llmd.router.context import Context
 from vllm_llmd.router.decide import Decision, decision_of, placed
 from vllm_llmd.router.decisions import LONGEST_NAME, Made, Outcome, Record
 from vllm_llmd.router.feedback import Feedback, Sent
+from vllm_llmd.router.flow import Arrival, Shed
+from vllm_llmd.router.in_flight import GivenUp
 from vllm_llmd.router.policy import PolicySettings
 from vllm_llmd.router.prospects import Prospect, prospect
 from vllm_llmd.router.relay import Relay
 from vllm_llmd.router.retries import RetryBudget, pause_ms
+from vllm_llmd.router.slo import Wish
 from vllm_llmd.router.upstream import Answer, Failure
 from vllm_llmd.router.waiting_room import WaitingRoom
 
 log = logging.getLogger(__name__)
 
 CLIENT_LEFT: Final = "the client left"
+GIVEN_UP: Final = "given up for a more urgent request"
+
+Come = Callable[[Arrival, Wish, Plan], Awaitable[Shed | None]]
+"""How a request comes to wait."""
 
 
 class Dispatcher:
@@ -58,34 +68,63 @@ class Dispatcher:
         """A request has come."""
         self._retries.began()
 
-    def ended(self) -> None:
+    def ended(self, call: Call) -> None:
         """A request is over, whether it was served or not."""
+        self._fleet.traffic.done(call.id)
         self._retries.ended(self._clock.now_ms())
 
     async def serve(self, call: Call) -> web.StreamResponse:
         """The answer that the client gets, sent to its end."""
+        refusal = await self._wait(call, self._room.admit)
         failure: Failure | None = None
-        while len(call.tried) < self._attempts + call.breaks:
-            if failure is not None:
+        is_retry = False
+        while refusal is None and len(call.tried) < self._attempts + call.breaks:
+            if is_retry:
                 await asyncio.sleep(pause_ms(len(call.tried), self._rng) / 1000)
-            taken = self._place(call, is_retry=failure is not None)
+            taken = self._place(call, is_retry)
             if taken is None:
                 break
-            decision, record = taken
-            outcome = await self._try(call, decision, record)
+            try:
+                outcome = await self._try(call, *taken)
+            except GivenUp:
+                is_retry, refusal = False, await self._make_way(call, taken[0].destination)
+                continue
             if not isinstance(outcome, Failure):
                 return outcome
-            failure = outcome
-            call.tried.append(decision.destination)
-            self._fleet.health.failed(decision.destination, self._clock.now_ms())
-            if not failure.midway:
-                self._metrics.retries.labels(decision.destination).inc()
-            log.warning("request %s: engine %s failed (%s)", call.id, decision.destination, failure.reason)
+            is_retry, failure = True, outcome
+            self._failed(call, taken[0].destination, outcome)
+        if refusal is not None:
+            return refusal
         if call.begun is not None:
             return await self._relay.break_off(call, call.begun)
         response = self._give_up(call, failure)
         response.headers.update(call.explained)
         return response
+
+    async def _wait(self, call: Call, come: Come) -> web.Response | None:
+        """Until an engine may have room. The answer, if it is in vain; else it is to be placed at once."""
+        began_ms = self._clock.now_ms()
+        shed = await come(call.arrival, call.wish, partial(self.plan, call))
+        call.waited_ms += self._clock.now_ms() - began_ms
+        if shed is None:
+            return None
+        response = replies.shed(shed.reason, self._room.retry_after_s())
+        self._metrics.requests.labels("", response.status).inc()
+        return response
+
+    async def _make_way(self, call: Call, engine: EngineId) -> web.Response | None:
+        """The engine does not have it any more, for the sake of another: no fault of anybody's. It waits again."""
+        call.given_up += 1
+        self._metrics.preempted.labels(engine).inc()
+        log.info("request %s: engine %s was told to leave it for a more urgent one", call.id, engine)
+        return await self._wait(call, self._room.readmit)
+
+    def _failed(self, call: Call, engine: EngineId, failure: Failure) -> None:
+        call.tried.append(engine)
+        self._fleet.health.failed(engine, self._clock.now_ms())
+        if not failure.midway:
+            self._metrics.retries.labels(engine).inc()
+        log.warning("request %s: engine %s failed (%s)", call.id, engine, failure.reason)
 
     def _place(self, call: Call, is_retry: bool) -> tuple[Decision, Record] | None:
         """None if nobody can take the request, or it may not be tried again."""
@@ -168,6 +207,9 @@ class Dispatcher:
         try:
             result = await self._attempt(call, decision, outcome)
             outcome.failure = result.reason[:LONGEST_NAME] if isinstance(result, Failure) else call.broken
+        except GivenUp:
+            outcome.failure = GIVEN_UP
+            raise
         finally:
             self._decisions.ended(record, outcome)
         return result
@@ -179,16 +221,26 @@ class Dispatcher:
         sent = self._feedback.sending(call, engine, decision, outcome)
         asked_for_usage = asks_usage_of(engine, call)
         try:
-            async with upstream.ask(self._session, attempt_at(engine, call, decision)) as answer:
+            async with AsyncExitStack() as asked:
+                async with self._until_answered(call, decision):
+                    answer = await asked.enter_async_context(
+                        upstream.ask(self._session, attempt_at(engine, call, decision))
+                    )
                 if isinstance(answer, Failure):
                     return answer
                 if not asked_for_usage or not answer.refuses(rewrite.STREAM_OPTIONS):
                     return await self._answer(sent, answer, asked_for_usage)
                 engine.takes_stream_options = False
         finally:
-            self._fleet.done(call.id, decision)
+            self._fleet.withdrawn(call.id, decision)
             self._room.look(decision.destination, decision.source)
         return await self._attempt(call, decision, outcome)
+
+    def _until_answered(self, call: Call, decision: Decision) -> AbstractAsyncContextManager[None]:
+        """In which best effort may be given up: not when the client has got some of the answer."""
+        if call.wish.priority >= 0 or call.begun is not None:
+            return nullcontext()
+        return self._room.until_answered(call.arrival, call.wish, tuple(decision.prefill_tokens), call.given_up)
 
     async def _answer(self, sent: Sent, answer: Answer, asked_for_usage: bool) -> web.StreamResponse | Failure:
         """The answer has begun: it goes on to the client."""

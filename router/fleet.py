@@ -41,9 +41,7 @@ from vllm_llmd.router.usage import Usage
 Sender = bytes
 """The ZeroMQ routing id of a connection."""
 
-FromEngine = (
-    wire.Hello | wire.Heartbeat | wire.BlocksChanged | wire.Snapshot | wire.RequestSeen | wire.Goodbye
-)  # fmt: skip
+FromEngine = wire.Hello | wire.Heartbeat | wire.BlocksChanged | wire.Snapshot | wire.RequestSeen | wire.Goodbye
 
 _FROM_ENGINE = get_args(FromEngine)
 
@@ -341,15 +339,18 @@ class Fleet:
     def done(self, request: str, decision: Decision) -> None:
         """The request has ended, well or not."""
         self.traffic.done(request)
+        self.withdrawn(request, decision)
+
+    def withdrawn(self, request: str, decision: Decision) -> None:
+        """The engines have it no more; it has ended, or will be placed again."""
         self.under_way.ended(request)
         self.health.ended(decision.destination, request)
         for engine in self._parties(decision):
             engine.ended(request)
 
     def _parties(self, decision: Decision) -> list[Engine]:
-        ids = (decision.destination, decision.source)
-        known = (None if engine_id is None else self.membership.get(engine_id) for engine_id in ids)
-        return [engine for engine in known if engine is not None]
+        ids = (each for each in (decision.destination, decision.source) if each is not None)
+        return [engine for engine in map(self.membership.get, ids) if engine is not None]
 
     def plans(self) -> list[Plan]:
         """How many engines each pool should have, and why."""

@@ -199,8 +199,12 @@ class Flow:
 
     def fits(self, item: Item) -> bool:
         """Whether it can wait without anybody having to go for it."""
-        has_room = len(self._items) < self._limits.requests
-        return has_room and self.size_bytes + item.size_bytes <= self._limits.size_bytes
+        return self.has_room(1, item.size_bytes)
+
+    def has_room(self, requests: int, size_bytes: int) -> bool:
+        """Whether so many more can wait."""
+        fits = len(self._items) + requests <= self._limits.requests
+        return fits and self.size_bytes + size_bytes <= self._limits.size_bytes
 
     def retry_after_s(self) -> int:
         """How long the queue as it is will take, at the pace of late."""

@@ -6,8 +6,8 @@ Owns no state of the fleet.
 import asyncio
 import itertools
 import time
-from functools import partial
-from typing import Final, NamedTuple
+from collections.abc import Mapping
+from typing import Any, Final, NamedTuple
 
 from aiohttp import web
 from aiohttp.typedefs import Handler
@@ -21,7 +21,7 @@ from vllm_llmd.router.exact import Exact
 from vllm_llmd.router.failover import way_to_continue
 from vllm_llmd.router.flow import Arrival, Pool
 from vllm_llmd.router.observe import band
-from vllm_llmd.router.request import Kind, RequestError, read_facts, skim, without_prompt
+from vllm_llmd.router.request import Facts, Kind, RequestError, read_facts, skim, without_prompt
 from vllm_llmd.router.sessions import read_session
 from vllm_llmd.router.slo import Wish, read_wish, with_wish
 from vllm_llmd.router.waiting_room import WaitingRoom
@@ -107,8 +107,7 @@ class Front:
         self._dispatcher.began()
         with self._metrics.inflight.track_inprogress():
             try:
-                refusal = await self._refused(call)
-                return await self._dispatcher.serve(call) if refusal is None else refusal
+                return await self._dispatcher.serve(call)
             except asyncio.CancelledError:
                 self._metrics.cancelled.inc()
                 raise
@@ -116,7 +115,7 @@ class Front:
                 self._metrics.cancelled.inc()
                 return web.Response(status=499)
             finally:
-                self._dispatcher.ended()
+                self._dispatcher.ended(call)
 
     async def _read(self, asked: _Asked, raw: bytes) -> Call:
         """Raises RequestError for what cannot be routed."""
@@ -126,8 +125,9 @@ class Front:
         facts = with_wish(await self._exact.facts(read_facts(kind, body, long), kind, raw), wish)
         facts = self._fleet.lengths.estimated(facts)
         self._fleet.rosters.check(facts)
+        request = f"{self._life}-{next(self._numbers)}"
         return Call(
-            id=f"{self._life}-{next(self._numbers)}",
+            id=request,
             http=http,
             raw=raw,
             body=without_prompt(body),
@@ -136,31 +136,24 @@ class Front:
             began_ms=asked.began_ms,
             asks_usage=rewrite.may_ask_for_usage(body),
             wish=wish,
+            arrival=self._arrival(request, facts, body, len(raw)),
             hold=asked.hold,
             way=way_to_continue(kind, body, facts) if self._settings.continuations else None,
             explain=explain.wanted(http.headers.get(explain.ASK_HEADER)),
             session=read_session(http.headers.items()),
         )
 
-    async def _refused(self, call: Call) -> web.StreamResponse | None:
-        """Waits until an engine may have room. The answer, if the request cannot be served."""
-        facts, longest = call.facts, call.body.get("max_completion_tokens") or call.body.get("max_tokens")
-        needs_source = facts.prompt_tokens >= self._settings.min_remote_tokens
-        arrival = Arrival(
-            id=call.id,
-            pool=Pool(self._fleet.rosters.wanted(facts), needs_source),
+    def _arrival(self, request: str, facts: Facts, body: Mapping[str, Any], size_bytes: int) -> Arrival:
+        """The request as far as its wait for an engine depends on it."""
+        longest = body.get("max_completion_tokens") or body.get("max_tokens")
+        return Arrival(
+            id=request,
+            pool=Pool(self._fleet.rosters.wanted(facts), facts.prompt_tokens >= self._settings.min_remote_tokens),
             prompt_tokens=facts.prompt_tokens,
             max_tokens=longest if isinstance(longest, int) and longest > 0 else None,
-            size_bytes=len(call.raw),
+            size_bytes=size_bytes,
             arrived_ms=self._clock.now_ms(),
         )
-        shed = await self._room.admit(arrival, call.wish, partial(self._dispatcher.plan, call))
-        call.waited_ms = self._clock.now_ms() - arrival.arrived_ms
-        if shed is None:
-            return None
-        response = replies.shed(shed.reason, self._room.retry_after_s())
-        self._metrics.requests.labels("", response.status).inc()
-        return response
 
 
 @web.middleware

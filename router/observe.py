@@ -212,6 +212,11 @@ class Metrics:
         self.held = self._counter(
             "vllm_llmd_held_requests", "Requests that waited for one engine though others had room"
         )
+        self.preempted = self._counter(
+            "vllm_llmd_preempted_requests",
+            "Attempts at engines given up so that more urgent requests had room",
+            ["engine"],
+        )
         self._queued = self._gauge("vllm_llmd_queued_requests", "Requests that wait in the router", ["band"])
         self._body_bytes = self._gauge("vllm_llmd_body_bytes", "Bytes of request bodies that the router holds")
         self._queued_bytes = self._gauge("vllm_llmd_queued_bytes", "Bytes of bodies that wait in the router")

@@ -1,6 +1,6 @@
 """What this router itself has in flight at one life of an engine. Pure; believes nobody."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 
 @dataclass
@@ -34,6 +34,12 @@ class Occupancy:
     @property
     def own_tokens(self) -> int:
         return self.tokens - self.supplying_tokens
+
+    def copied(self, report_ms: float) -> "Occupancy":
+        """Another one, in which things may be tried, after the engine's latest report of `report_ms`."""
+        copy = replace(self, _prefills=dict(self._prefills), _supplying=dict(self._supplying))
+        copy.reported(report_ms)
+        return copy
 
     def reported(self, report_ms: float) -> None:
         """The engine's latest report is of `report_ms`; it covers what was before."""

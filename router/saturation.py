@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from vllm_llmd.router.candidates import Places, Roster
 from vllm_llmd.router.membership import Engine
+from vllm_llmd.router.occupancy import Occupancy
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,12 @@ class Limits:
 
 def saturated(engine: Engine, limits: Limits, now_ms: float) -> bool:
     """Whether requests should rather wait in the router. Never if little is in flight there."""
-    own, load = engine.occupancy, engine.load
+    return would_be_saturated(engine, engine.occupancy, limits, now_ms)
+
+
+def would_be_saturated(engine: Engine, own: Occupancy, limits: Limits, now_ms: float) -> bool:
+    """The same if this router had that in flight there."""
+    load = engine.load
     if len(own) <= limits.engine_queue and own.tokens < limits.prefill_tokens:
         return False
     slots = engine.info.max_sequences or limits.engine_requests
@@ -39,12 +45,12 @@ def saturated(engine: Engine, limits: Limits, now_ms: float) -> bool:
         return True
     if not fresh or len(own) <= limits.engine_queue:
         return False
-    return _beyond(engine, slots) >= max(limits.engine_queue, 1)
+    return _beyond(engine, own, slots) >= max(limits.engine_queue, 1)
 
 
-def _beyond(engine: Engine, slots: int) -> int:
+def _beyond(engine: Engine, own: Occupancy, slots: int) -> int:
     """How many requests it has that it cannot run, for want of slots or of memory."""
-    load, newer = engine.load, engine.occupancy.newer_requests
+    load, newer = engine.load, own.newer_requests
     cannot_tell = engine.info.max_sequences is None
     if load.waiting and (cannot_tell or load.free_blocks * engine.info.block_size < load.prefill_tokens):
         return load.waiting + newer

@@ -37,6 +37,7 @@ _AT_LEAST_0 = (
     "engine_queue",
     "queue_requests",
     "retry_percent",
+    "preemptions",
     "continuations",
     "decisions",
     "decision_bytes",
@@ -74,6 +75,7 @@ class RouterSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     queue_requests: int = 1024
     queue_bytes: int = 256 << 20
     queue_ttl_ms: int = 60_000
+    preemptions: int = 2
     decisions: int = 4096
     decision_bytes: int = 16 << 20
     record_decisions: str | None = None
@@ -142,6 +144,7 @@ _FLAGS: Mapping[str, str] = {
     "queue_requests": "requests that may wait in the router; more are refused",
     "queue_bytes": "bytes of bodies that may wait in the router; more are refused",
     "queue_ttl_ms": "how long a request may wait in the router; a client may ask for less",
+    "preemptions": "how often an engine may be told to leave a request of negative priority for others; 0 for never",
     "decisions": "latest decisions kept for /admin/decisions; 0 for none",
     "decision_bytes": "bytes of memory that they may take, with the explanations that clients asked for",
     "record_decisions": "file to which every decision is appended, for `vllm-llmd replay`",

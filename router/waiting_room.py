@@ -1,16 +1,19 @@
 """Where requests wait for an engine that has room: futures and a timer around `admission.Admission`. Event loop."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractAsyncContextManager
 
 from vllm_llmd.clock import Clock
 from vllm_llmd.names import EngineId
-from vllm_llmd.router.admission import TICK_MS, Admission, Event, Held, LetGo, Passed, Plan
+from vllm_llmd.router.admission import TICK_MS, Admission, Event, GiveUp, Held, LetGo, Passed, Plan
 from vllm_llmd.router.candidates import Roster
 from vllm_llmd.router.fleet import Fleet
 from vllm_llmd.router.flow import Arrival, Item, Shed
+from vllm_llmd.router.in_flight import InFlight
 from vllm_llmd.router.membership import Engine
 from vllm_llmd.router.observe import Metrics, band
+from vllm_llmd.router.preemption import Running
 from vllm_llmd.router.settings import RouterSettings
 from vllm_llmd.router.slo import Wish
 
@@ -24,6 +27,7 @@ class WaitingRoom:
         self._admission = Admission(settings, fleet)
         self._turns: dict[str, asyncio.Future[Shed | None]] = {}
         """When the wait of each request ends, and how."""
+        self._in_flight = InFlight(self._admission.preemption)
         self._ticking = False
         metrics.watch_queue(self._admission.flow)
 
@@ -48,14 +52,28 @@ class WaitingRoom:
 
         Whoever is cancelled here has left.
         """
+        return await self._turn(arrival.id, lambda: self._admission.admit(arrival, wish, plan, self._clock.now_ms()))
+
+    async def readmit(self, arrival: Arrival, wish: Wish, plan: Plan) -> Shed | None:
+        """As `admit`, for one that was given up."""
+        return await self._turn(arrival.id, lambda: self._admission.readmit(arrival, wish, plan, self._clock.now_ms()))
+
+    def until_answered(
+        self, arrival: Arrival, wish: Wish, engines: tuple[EngineId, ...], given_up: int
+    ) -> AbstractAsyncContextManager[None]:
+        """While engines have it, who was given up so often before. Raises GivenUp if it is once more."""
+        running = Running(self._admission.item(arrival, wish), engines, self._clock.now_ms(), given_up)
+        return self._in_flight.until_answered(running)
+
+    async def _turn(self, request: str, come: Callable[[], list[Event]]) -> Shed | None:
         turn: asyncio.Future[Shed | None] = asyncio.get_running_loop().create_future()
-        self._turns[arrival.id] = turn
+        self._turns[request] = turn
         try:
-            self._act(self._admission.admit(arrival, wish, plan, self._clock.now_ms()))
+            self._act(come())
             return await turn
         finally:
-            del self._turns[arrival.id]
-            if self._admission.leave(arrival.id):
+            del self._turns[request]
+            if self._admission.leave(request):
                 asyncio.get_running_loop().call_soon(self._go_on)  # by then the request is placed, or gone
 
     def look(self, *engines: EngineId | None) -> None:
@@ -88,6 +106,8 @@ class WaitingRoom:
                 case Shed(item, reason):
                     self._metrics.shed.labels(band(item.priority), reason).inc()
                     self._end(item, event)
+                case GiveUp(item):
+                    self._in_flight.give_up(item.id)
         if not self._ticking and len(self._admission):
             self._ticking = True
             asyncio.get_running_loop().call_later(TICK_MS / 1000, self._tick)

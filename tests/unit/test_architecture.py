@@ -93,6 +93,7 @@ PURE = (
     "router/barred.py",
     "router/admission.py",
     "router/flow.py",
+    "router/preemption.py",
     "router/bodies.py",
     "router/occupancy.py",
     "router/saturation.py",

@@ -42,6 +42,8 @@ class FakeStockEngine:
     hangs: set[str] = field(default_factory=set)
     fails: set[str] = field(default_factory=set)
     running: float = 3.0
+    aborted: int = 0
+    """Requests whose client closed the connection before they were answered."""
 
     async def start(self) -> "FakeStockEngine":
         self._context = zmq.asyncio.Context()
@@ -56,7 +58,7 @@ class FakeStockEngine:
         app.router.add_get("/v1/models", self._get)
         app.router.add_get("/metrics", self._get)
         app.router.add_post("/v1/completions", self._complete)
-        self._runner = web.AppRunner(app, shutdown_timeout=0.1, access_log=None)
+        self._runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1, access_log=None)
         await self._runner.setup()
         await web.TCPSite(self._runner, "127.0.0.1", self.port).start()
         self._serving = asyncio.create_task(self._serve_replays())
@@ -144,4 +146,10 @@ class FakeStockEngine:
     async def _complete(self, request: web.Request) -> web.Response:
         headers = {name.lower(): value for name, value in request.headers.items()}
         self.requests.append(Received(request.path, headers, await request.read()))
+        if request.path in self.hangs:
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                self.aborted += 1
+                raise
         return web.json_response({"choices": [{"text": "stock"}]})
