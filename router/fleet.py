@@ -164,9 +164,8 @@ class Fleet:
         return [*replies, Reply(sender, wire.Members(self.membership.infos())), *self._heard(info.id, now_ms)]
 
     def _heard(self, engine: EngineId, now_ms: float) -> list[Reply]:
-        if not self.membership.heard(engine, now_ms):
-            return []
-        return self._act(engine, self._cursors[engine].lose("was silent", now_ms))
+        was_stale = self.membership.heard(engine, now_ms)
+        return self._act(engine, self._cursors[engine].lose("was silent", now_ms)) if was_stale else []
 
     def _on_current(self, message: FromEngine, now_ms: float) -> list[Reply]:
         match message:
