@@ -62,7 +62,10 @@ def let_through(engine: FakeEngine, count: int) -> None:
 
 
 async def statuses(answers: Answers) -> list[int]:
-    return [(await answer).status for answer in answers]
+    got = [await answer for answer in answers]
+    for response in got:
+        await response.read()
+    return [response.status for response in got]
 
 
 async def engine_state(site: Site, name: str = "a") -> dict[str, Any]:
@@ -167,7 +170,7 @@ async def test_who_has_begun_to_answer_is_left_alone(site: Site) -> None:
     response.close()
     engine.behaviour = Behaviour.ANSWER
     let_through(engine, 1)
-    assert (await urgent).status == 200
+    assert await statuses([urgent]) == [200]
 
 
 @queueing()
@@ -179,7 +182,7 @@ async def test_a_client_that_leaves_when_its_request_was_given_up_leaves_the_que
     gone.cancel()
     await waiting(site, "best_effort", 0)
     let_through(engine, 1)
-    assert (await urgent).status == 200
+    assert await statuses([urgent]) == [200]
     assert await site.metric("vllm_llmd_cancelled_requests_total") == 1
 
 
@@ -190,9 +193,10 @@ async def test_the_time_to_wait_counts_from_the_beginning(site: Site) -> None:
     answers.append(ask(site, "urgent", 0))
     await received(engine, "one", "urgent")
     late = await answers[0]
+    await late.read()
     assert (late.status, late.headers["x-llmd-reason"]) == (503, "expired")
     let_through(engine, 1)
-    assert (await answers[1]).status == 200
+    assert await statuses([answers[1]]) == [200]
 
 
 @queueing()
@@ -244,6 +248,6 @@ async def test_a_stock_engine_is_made_to_leave_a_request_in_the_same_way(
     stock_engine.hangs.clear()
     async with stock.post({"model": "stock", "prompt": [4]}, COMPLETIONS) as response:
         assert response.status == 200
-    assert (await best_effort).status == 200
+    assert await statuses([best_effort]) == [200]
     await until(aborted, lambda count: count == 1)
     assert [request.body["prompt"] for request in stock_engine.requests] == [[1, 2, 3], [4], [1, 2, 3]]
