@@ -112,7 +112,7 @@ def measure_all(desk: Desk, out: Path, until_s: float) -> list[str]:
         desk.results.cells.append(cell)
         desk.results.summary = routing_report.summary(desk.results)
         save(desk.results, out)
-        say(f"{title}: {routing_report.line(cell, desk.results.settings)}")
+        say(f"{title}: {routing_report.line(cell, desk.results.slo)}")
     return failed
 
 
@@ -173,8 +173,8 @@ def settings_from(args: argparse.Namespace) -> Settings:
         repetitions=int(args.repetitions or preset["repetitions"]),
         scale=float(args.scale or preset["scale"]),
         seed=args.seed,
-        slo_ttft_ms=args.slo_ttft_ms,
-        slo_tpot_ms=args.slo_tpot_ms,
+        slo_ttft_units=args.slo_ttft_units,
+        slo_tpot_units=args.slo_tpot_units,
     )
 
 
@@ -188,8 +188,8 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the first repetition (default: %(default)s)")
     parser.add_argument("--engines", type=int, default=2, help="default: %(default)s")
     parser.add_argument("--model", default=".models/smollm2", help="default: %(default)s")
-    parser.add_argument("--slo-ttft-ms", type=float, default=1000.0, help="default: %(default)s")
-    parser.add_argument("--slo-tpot-ms", type=float, default=100.0, help="default: %(default)s")
+    parser.add_argument("--slo-ttft-units", type=float, default=3.0, help="default: %(default)s")
+    parser.add_argument("--slo-tpot-units", type=float, default=0.3, help="default: %(default)s")
     parser.add_argument("--minutes", type=float, default=24 * 60.0, help="begin nothing after so long")
     parser.add_argument("--resume", action="store_true", help="go on with the results of an interrupted run")
     parser.add_argument("--predict", action="store_true", help="measure nothing: play it all in the simulator")

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from typing import Final
 
 from routing_arms import OURS, ROUND_ROBINS
-from routing_values import Cell, Results, Settings
+from routing_values import Cell, Results, Slo
 
 SHARED: Final = "shared"
 WON: Final = 1.2
@@ -37,9 +37,9 @@ class Figures:
     cached_share: float
 
     @classmethod
-    def of(cls, cell: Cell, settings: Settings) -> "Figures":
+    def of(cls, cell: Cell, slo: Slo) -> "Figures":
         ttft = [each.ttft_ms for each in cell.asked]
-        good = sum(each.ttft_ms <= settings.slo_ttft_ms and each.tpot_ms <= settings.slo_tpot_ms for each in cell.asked)
+        good = sum(each.ttft_ms <= slo.ttft_ms and each.tpot_ms <= slo.tpot_ms for each in cell.asked)
         seconds = cell.lasted_ms / 1000
         return cls(
             ttft_mean_ms=statistics.fmean(ttft),
@@ -66,9 +66,7 @@ def percentile(values: Sequence[float], percent: float) -> float:
 
 def figures(results: Results, workload: str, arm: str) -> list[Figures]:
     """One for each repetition."""
-    return [
-        Figures.of(cell, results.settings) for cell in results.cells if (cell.workload, cell.arm) == (workload, arm)
-    ]
+    return [Figures.of(cell, results.slo) for cell in results.cells if (cell.workload, cell.arm) == (workload, arm)]
 
 
 def medians(found: Sequence[Figures]) -> Figures | None:
@@ -181,9 +179,9 @@ def _with_spread(found: Sequence[Figures], figure: Callable[[Figures], float], f
     return f"{statistics.median(values):{form}} [{min(values):{form}} {max(values):{form}}]"
 
 
-def line(cell: Cell, settings: Settings) -> str:
+def line(cell: Cell, slo: Slo) -> str:
     """A finished cell in a few words."""
-    each = Figures.of(cell, settings)
+    each = Figures.of(cell, slo)
     return (
         f"TTFT {each.ttft_mean_ms:.0f} ms (p90 {each.ttft_p90_ms:.0f}), TPOT {each.tpot_ms:.0f} ms, "
         f"{each.tokens_per_s:.1f} tokens/s, {each.good_share:.0%} good, {each.cached_share:.0%} cached, "

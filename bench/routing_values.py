@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from statistics import fmean
+from typing import NamedTuple
 
 import msgspec
 
@@ -9,7 +10,7 @@ from vllm_llmd.errors import ConfigError
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
-    """What to measure. Results of other settings cannot be continued."""
+    """What to measure. Results of other settings cannot be continued. A good request keeps objectives in units."""
 
     model: str
     engines: int
@@ -18,8 +19,15 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     repetitions: int
     scale: float
     seed: int
-    slo_ttft_ms: float
-    slo_tpot_ms: float
+    slo_ttft_units: float
+    slo_tpot_units: float
+
+
+class Slo(NamedTuple):
+    """What a good request keeps."""
+
+    ttft_ms: float
+    tpot_ms: float
 
 
 class Asked(msgspec.Struct, frozen=True, array_like=True):
@@ -88,6 +96,11 @@ class Results(msgspec.Struct, kw_only=True):
     cells: list[Cell] = []
     summary: dict[str, object] = {}
     checks: list[dict[str, object]] = []
+
+    @property
+    def slo(self) -> Slo:
+        unit_ms = self.unit_ms or 0.0
+        return Slo(self.settings.slo_ttft_units * unit_ms, self.settings.slo_tpot_units * unit_ms)
 
     @property
     def done(self) -> set[tuple[int, str, str]]:

@@ -29,7 +29,7 @@ from routing_plan import (
     Workload,
     warm_up,
 )
-from routing_values import Asked, Cell, Results, Settings, load, save
+from routing_values import Asked, Cell, Results, Settings, Slo, load, save
 from routing_words import WORDS, text
 
 SETTINGS = Settings(
@@ -40,8 +40,8 @@ SETTINGS = Settings(
     repetitions=2,
     scale=1.0,
     seed=0,
-    slo_ttft_ms=1000.0,
-    slo_tpot_ms=100.0,
+    slo_ttft_units=3.0,
+    slo_tpot_units=0.3,
 )
 
 
@@ -178,7 +178,9 @@ def test_percentiles_are_values_that_were_measured() -> None:
 
 def test_figures_of_a_cell() -> None:
     cells = [asked(100.0, cached_tokens=50), asked(2000.0), asked(900.0, tpot_ms=101.0), asked(1000.0, tpot_ms=100.0)]
-    found = routing_report.Figures.of(msgspec.structs.replace(cell("rr", []), asked=cells, lasted_ms=2000.0), SETTINGS)
+    found = routing_report.Figures.of(
+        msgspec.structs.replace(cell("rr", []), asked=cells, lasted_ms=2000.0), Slo(1000.0, 100.0)
+    )
     assert found.ttft_mean_ms == 1000.0 and found.tokens_per_s == 16.0
     assert found.good_share == 0.5 and found.goodput == 1.0
     assert found.cached_share == 0.125

@@ -166,8 +166,8 @@ def test_a_prediction_has_a_cell_for_all_that_the_simulator_can_play() -> None:
         repetitions=2,
         scale=0.1,
         seed=0,
-        slo_ttft_ms=1000.0,
-        slo_tpot_ms=100.0,
+        slo_ttft_units=3.0,
+        slo_tpot_units=0.3,
     )
     played = predicted(Results(settings=asked_for))
     assert {cell.key for cell in played.cells} == {
@@ -190,8 +190,8 @@ def test_the_simulator_is_compared_with_every_arm_that_it_has(tmp_path: Path) ->
         repetitions=1,
         scale=0.1,
         seed=0,
-        slo_ttft_ms=1000.0,
-        slo_tpot_ms=100.0,
+        slo_ttft_units=3.0,
+        slo_tpot_units=0.3,
     )
     asked = [Asked(0, 0, 0.0, 20.0, 1.0, prompt_tokens=100, cached_tokens=0, output_tokens=8)]
     cells = [Cell(repetition=0, workload="shared", arm=arm, lasted_ms=1.0, asked=asked, split=[1, 0]) for arm in ARMS]
