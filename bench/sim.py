@@ -17,7 +17,7 @@ from typing import get_args
 
 import sim_results
 from resumable import conclude, status_of
-from sim_cells import Cell, Load, Roles
+from sim_cells import Cell, Load, Objectives, Roles
 from sim_results import Results, Settings
 
 from vllm_llmd.router import policies
@@ -59,6 +59,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--ours", default=RouterSettings().policy, help="default: the router's, %(default)s")
     parser.add_argument("--scale", type=float, default=1.0, help="of the minutes played (default: %(default)s)")
     parser.add_argument("--waiting", choices=["router", "engines"], default="router", help="default: %(default)s")
+    parser.add_argument("--objectives", choices=get_args(Objectives), default="sent", help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (default: one per core)")
     parser.add_argument("--resume", action="store_true", help="go on with the results of an interrupted run")
@@ -84,6 +85,7 @@ def settings_from(args: argparse.Namespace) -> Settings:
         scale=args.scale,
         seed=args.seed,
         waiting=args.waiting,
+        objectives=args.objectives,
     )
 
 
@@ -92,8 +94,9 @@ def play_all(results: Results, cells: Sequence[Cell], args: argparse.Namespace) 
     names = results.settings.policies
     with processes(args.jobs) as pool:
         running = [
-            (cell, [pool.submit(play, name, cell.settings(args.trace, args.seed, args.waiting)) for name in names])
+            (cell, [pool.submit(play, name, settings) for name in names])
             for cell in results.left(cells)
+            for settings in (cell.settings(args.trace, args.seed, args.waiting, args.objectives),)
         ]
         for cell, runs in running:
             done = [run.result() for run in runs]

@@ -11,6 +11,8 @@ from vllm_llmd.simulate.settings import Place, SimulateSettings
 
 Roles = Literal["aggregated", "disaggregated"]
 Load = Literal["light", "heavy"]
+Objectives = Literal["sent", "unsent"]
+"""Whether clients tell the router what a good request keeps, by headers."""
 
 COPY_ENGINES: Final = 8
 """Engines that one copy of the trace is for: larger fleets have more users, not busier ones."""
@@ -43,7 +45,9 @@ class Cell:
     def name(self) -> str:
         return f"{self.engines} {self.roles} {self.load}"
 
-    def settings(self, trace: str, seed: int, waiting: Place = "router") -> SimulateSettings:
+    def settings(
+        self, trace: str, seed: int, waiting: Place = "router", objectives: Objectives = "sent"
+    ) -> SimulateSettings:
         return SimulateSettings(
             trace=trace,
             engines=self.engines,
@@ -52,6 +56,7 @@ class Cell:
             minutes=self.minutes,
             speedup=SPEEDUPS[self.roles, self.load],
             waiting=waiting,
+            send_slo=objectives == "sent",
             seed=seed,
         )
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
-from sim_cells import Cell, Played, Verdict, last_line, verdict
+from sim_cells import Cell, Objectives, Played, Verdict, last_line, verdict
 
 from vllm_llmd.errors import ConfigError
 from vllm_llmd.simulate.report import Summary
@@ -21,6 +21,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     seed: int
     waiting: Place = "engines"
     """Nobody waited in the router before this was told."""
+    objectives: Objectives = "unsent"
+    """Nor did clients send any."""
 
 
 class Results(msgspec.Struct, kw_only=True):

@@ -225,7 +225,7 @@ class Candidates:
     """The engines of a roster and what concerns one request: how much of the prompt each has cached, and its load.
 
     `offloaded_blocks` of the `prefix_blocks` are not on the GPU: they come after the last that is. The last
-    `coming_blocks` are being computed for others, and nobody can have them yet; None if there are none.
+    `coming_blocks` are being computed for others, and there by the end of the queue; None if there are none.
     `prefix_blocks` are as many as are to be counted on, `claimed_blocks` what the index says. Of answers,
     `output_tokens` are expected; `reuse` is the share of cached blocks that are wanted again. Predictions are off by
     the factor `doubt` until the first byte, by `step_doubt` for each token after it.

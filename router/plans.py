@@ -47,10 +47,10 @@ class Ask(NamedTuple):
 class Party(NamedTuple):
     """What one engine, or each of all, brings into a plan.
 
-    Of the prompt it has `cached` tokens and lacks `own`; `held` it could give away at once, and `given` are as many.
-    `spared` is 1 for who is not to compute what it lacks, since others are there for that. There, `decoding` requests
-    decode and `ahead` others are to be computed. `source_memory_ms` is for prefilling only, `more_ms` the terms of
-    others and `chance_ms` what makes equals differ.
+    Of the prompt it has `cached` tokens and lacks `own`; `held` it could give away when its queue is done, and so many
+    are `given`. `spared` is 1 for who is not to compute what it lacks, since others are there for that. There,
+    `decoding` requests decode and `ahead` others are to be computed. `source_memory_ms` is for prefilling only,
+    `more_ms` the terms of others and `chance_ms` what makes equals differ.
     """
 
     own: Column
@@ -133,7 +133,8 @@ def party(
     sizes = roster.block_sizes
     cached = np.minimum(prefix_blocks * sizes, ask.prompt - 1)
     own = ask.prompt - cached
-    held = np.minimum(prefix_blocks - offloaded_blocks - coming_blocks, np.floor((ask.prompt - 1) / sizes)) * sizes
+    fetchable = prefix_blocks - offloaded_blocks - coming_blocks * (offloaded_blocks > 0)  # up to the first that is not
+    held = np.minimum(fetchable, np.floor((ask.prompt - 1) / sizes)) * sizes
     new_tokens = own + ask.output
     decode_ms = costs.decode_ms(ask.output, loads, rates)
     decoding, ahead = loads.decoding * roster.decodes, np.maximum(loads.requests - loads.decoding, 0.0)

@@ -234,6 +234,21 @@ def test_a_prefix_is_fetched_for_more_than_predictions_are_off() -> None:
     assert sources == ["holder", None]
 
 
+def test_what_is_being_computed_for_others_is_fetched_when_the_queue_is_done() -> None:
+    at = columns([Row("computes", prefix=200, load=busy(200)), Row("idle")])
+    at = replace(at, coming_blocks=np.array([200, 0]))
+    decision = decide(facts(4000), at, policies.make("cost", SETTINGS))
+    assert decision is not None and pair(decision) == ("idle", "computes", 3200)
+    assert decision.prefill_tokens == {"idle": 800, "computes": 0}
+
+
+def test_what_comes_after_offloaded_blocks_is_not_fetched() -> None:
+    at = columns([Row("computes", prefix=200, offloaded=100, load=busy(200)), Row("idle")])
+    at = replace(at, coming_blocks=np.array([60, 0]))
+    decision = decide(facts(4000), at, policies.make("cost", SETTINGS))
+    assert decision is not None and pair(decision) == ("idle", "computes", 40 * 16)
+
+
 def test_nothing_is_fetched_if_computing_it_is_faster() -> None:
     holder = Row("holder", prefix=200, load=busy(200))
     slow_wire = Row("idle", rates=replace(PRIOR, transfer_token_ms=1.0))
