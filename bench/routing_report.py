@@ -17,20 +17,21 @@ SHARED: Final = "shared"
 WON: Final = 1.2
 
 HEADER: Final = (
-    f"{'':12s} {'mean':>24s} {'p50':>7s} {'p90':>7s} {'p99':>7s} {'TPOT':>7s} "
+    f"{'':12s} {'mean':>24s} {'p50':>7s} {'p90':>7s} {'p99':>7s} {'TPOT':>7s} {'E2E':>7s} "
     f"{'tokens/s':>24s} {'good/s':>7s} {'good':>7s} {'cached':>7s}"
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Figures:
-    """Of one cell, or the medians of several. TTFT and TPOT in ms; goodput in good requests per second."""
+    """Of one cell, or the medians of several. TTFT, TPOT and E2E, until the last token, in ms; goodput per second."""
 
     ttft_mean_ms: float
     ttft_p50_ms: float
     ttft_p90_ms: float
     ttft_p99_ms: float
     tpot_ms: float
+    e2e_ms: float
     tokens_per_s: float
     goodput: float
     good_share: float
@@ -47,6 +48,7 @@ class Figures:
             ttft_p90_ms=percentile(ttft, 90),
             ttft_p99_ms=percentile(ttft, 99),
             tpot_ms=statistics.fmean(each.tpot_ms for each in cell.asked),
+            e2e_ms=statistics.fmean(each.e2e_ms for each in cell.asked),
             tokens_per_s=sum(each.output_tokens for each in cell.asked) / seconds,
             goodput=good / seconds,
             good_share=good / len(cell.asked),
@@ -151,7 +153,7 @@ def tables(results: Results) -> str:
         arms = [(arm, found) for arm in results.settings.arms if (found := figures(results, workload, arm))]
         if not arms:
             continue
-        lines.append(f"\n{workload}: {max(len(found) for _, found in arms)} repetitions, TTFT and TPOT in ms")
+        lines.append(f"\n{workload}: {max(len(found) for _, found in arms)} repetitions, TTFT, TPOT and E2E in ms")
         lines.append(HEADER)
         lines += [_row(arm, found) for arm, found in arms]
         lines += [
@@ -170,7 +172,8 @@ def _row(arm: str, found: Sequence[Figures]) -> str:
     tokens = _with_spread(found, lambda each: each.tokens_per_s, ".1f")
     return (
         f"{arm:12s} {ttft:>24s} {middle.ttft_p50_ms:7.0f} {middle.ttft_p90_ms:7.0f} {middle.ttft_p99_ms:7.0f} "
-        f"{middle.tpot_ms:7.1f} {tokens:>24s} {middle.goodput:7.2f} {middle.good_share:7.1%} {middle.cached_share:7.1%}"
+        f"{middle.tpot_ms:7.1f} {middle.e2e_ms:7.0f} {tokens:>24s} {middle.goodput:7.2f} "
+        f"{middle.good_share:7.1%} {middle.cached_share:7.1%}"
     )
 
 

@@ -45,6 +45,11 @@ class Asked(msgspec.Struct, frozen=True, array_like=True):
     cached_tokens: int
     output_tokens: int
 
+    @property
+    def e2e_ms(self) -> float:
+        """Until the last token."""
+        return self.ttft_ms + self.tpot_ms * max(self.output_tokens - 1, 0)
+
 
 class Cell(msgspec.Struct, frozen=True, kw_only=True):
     """One arm's requests of one workload, once, from cold caches.

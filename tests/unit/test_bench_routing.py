@@ -184,6 +184,7 @@ def test_figures_of_a_cell() -> None:
     assert found.ttft_mean_ms == 1000.0 and found.tokens_per_s == 16.0
     assert found.good_share == 0.5 and found.goodput == 1.0
     assert found.cached_share == 0.125
+    assert found.e2e_ms == 1000.0 + 7 * (10.0 + 10.0 + 101.0 + 100.0) / 4
 
 
 def test_ours_is_compared_with_the_better_round_robin() -> None:
