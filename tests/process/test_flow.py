@@ -2,6 +2,7 @@
 
 import asyncio
 import signal
+from collections.abc import Iterable
 from typing import Any
 
 import aiohttp
@@ -75,7 +76,15 @@ async def finish(engine: FakeEngine, *answers: "asyncio.Task[aiohttp.ClientRespo
     assert engine.turnstile is not None
     for _ in range(100):
         engine.turnstile.release()
-    return [(await answer).status for answer in answers]
+    return await statuses(answers)
+
+
+async def statuses(answers: "Iterable[asyncio.Task[aiohttp.ClientResponse]]") -> list[int]:
+    """Of answers that are read to their ends: one that is left open warns in a later test."""
+    responses = [await answer for answer in answers]
+    for response in responses:
+        await response.read()
+    return [response.status for response in responses]
 
 
 @queueing()
@@ -158,6 +167,7 @@ async def test_best_effort_makes_room_for_others(site: Site) -> None:
     [stays, goes] = await ask_in_turn(site, "one", "two", band="best_effort", priority="-1")
     waiting = await ask_in_turn(site, "urgent", slo_ttft_ms="1000")
     response = await goes
+    await response.read()
     assert (response.status, response.headers["x-llmd-reason"]) == (429, "displaced")
     assert await finish(engine, *first, stays, *waiting) == [200] * 4
 
@@ -191,7 +201,7 @@ async def test_an_engine_that_claims_to_be_full_for_ever_is_still_used(site: Sit
     engine.load = Load(running=10**6, waiting=10**6, prefill_tokens=10**9)
     await site.ready(engine)
     answers = [ask(site, f"request {number}") for number in range(10)]
-    assert [(await answer).status for answer in answers] == [200] * 10
+    assert await statuses(answers) == [200] * 10
 
 
 @queueing()
@@ -208,13 +218,13 @@ async def test_an_engine_that_fails_gives_its_room_back(site: Site) -> None:
 @queueing()
 async def test_the_last_engine_to_leave_lets_everyone_go(site: Site) -> None:
     engine = await held(site)
-    await fill(site, engine)
+    first = await fill(site, engine)
     [waiting] = await ask_in_turn(site, "one")
     site.engines.remove(engine)
     await asyncio.to_thread(engine.link.close)
     response = await waiting
     assert (response.status, (await response.json())["error"]["code"]) == (503, "no_engine_ready")
-    await finish(engine)
+    await finish(engine, *first)
     await engine.stop()
 
 
@@ -278,4 +288,5 @@ async def test_a_request_waits_for_the_engine_that_has_its_prompt_though_another
     for _ in range(3):
         holder.turnstile.release()
     for answer in await asyncio.gather(*first, waits):
+        await answer.read()
         assert answer.headers["X-Fake-Engine"] == "a"
