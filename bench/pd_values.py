@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal, Self
 
 import msgspec
+from resumable import as_json, check_settings, read_results, replace_file
 
 from vllm_llmd.errors import ConfigError
 
@@ -136,20 +137,11 @@ class Results(msgspec.Struct, kw_only=True):
 
 def save(results: Results, path: Path) -> None:
     """Replaces the file in one step: an interrupted run leaves the former one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_bytes(msgspec.json.format(msgspec.json.encode(results), indent=1) + b"\n")
-    partial.replace(path)
+    replace_file(path, as_json(results))
 
 
 def load(path: Path, settings: Settings) -> Results:
     """Results of a run that was interrupted. Raises ConfigError if there are none, or of other settings."""
-    try:
-        results = msgspec.json.decode(path.read_bytes(), type=Results)
-    except FileNotFoundError:
-        raise ConfigError(f"nothing to resume: there is no {path}") from None
-    except msgspec.DecodeError as error:
-        raise ConfigError(f"{path} holds no results of this benchmark: {error}") from error
-    if results.settings != settings:
-        raise ConfigError(f"{path} holds results of other settings: {results.settings}; asked for are {settings}")
+    results = read_results(path, Results, f"nothing to resume: there is no {path}")
+    check_settings(path, results.settings, settings)
     return results

@@ -1,4 +1,4 @@
-"""What benchmarks that may be interrupted and gone on with have in common: how they end, and of what they are."""
+"""What benchmarks that may be interrupted and gone on with have in common: results, how they end, of what they are."""
 
 import json
 import os
@@ -6,9 +6,44 @@ import platform
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
+from pathlib import Path
+from typing import TypeVar
 
-from vllm_llmd.errors import LlmdError
+import msgspec
+
+from vllm_llmd.errors import ConfigError, LlmdError
 from vllm_llmd.launch import ToldToStop, signals_as_exceptions
+
+Results = TypeVar("Results")
+
+
+def as_json(results: object) -> bytes:
+    """For people to read, too."""
+    return msgspec.json.format(msgspec.json.encode(results), indent=1) + b"\n"
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """In one step: an interrupted run leaves the former one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_bytes(content)
+    partial.replace(path)
+
+
+def read_results(path: Path, kind: type[Results], absent: str, wanted: str = "of this benchmark") -> Results:
+    """What was written before. Raises ConfigError, with `absent` where there is nothing; `wanted` are which results."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=kind)
+    except FileNotFoundError:
+        raise ConfigError(absent) from None
+    except msgspec.DecodeError as error:
+        raise ConfigError(f"{path} holds no results {wanted}: {error}") from error
+
+
+def check_settings(path: Path, found: object, asked: object) -> None:
+    """Raises ConfigError if the results there are of other settings."""
+    if found != asked:
+        raise ConfigError(f"{path} holds results of other settings: {found}; asked for are {asked}")
 
 
 def status_of(run: Callable[[], int]) -> int:

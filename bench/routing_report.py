@@ -11,7 +11,9 @@ from dataclasses import dataclass, fields
 from typing import Final
 
 from routing_arms import OURS, ROUND_ROBINS
-from routing_values import Cell, Results, Slo
+from routing_values import Cell, Results
+
+from vllm_llmd.simulate.settings import Slo
 
 SHARED: Final = "shared"
 WON: Final = 1.2

@@ -2,11 +2,11 @@
 
 from pathlib import Path
 from statistics import fmean
-from typing import NamedTuple
 
 import msgspec
+from resumable import as_json, check_settings, read_results, replace_file
 
-from vllm_llmd.errors import ConfigError
+from vllm_llmd.simulate.settings import Slo
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -21,13 +21,6 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     seed: int
     slo_ttft_units: float
     slo_tpot_units: float
-
-
-class Slo(NamedTuple):
-    """What a good request keeps."""
-
-    ttft_ms: float
-    tpot_ms: float
 
 
 class Asked(msgspec.Struct, frozen=True, array_like=True):
@@ -105,7 +98,7 @@ class Results(msgspec.Struct, kw_only=True):
     @property
     def slo(self) -> Slo:
         unit_ms = self.unit_ms or 0.0
-        return Slo(self.settings.slo_ttft_units * unit_ms, self.settings.slo_tpot_units * unit_ms)
+        return Slo(ttft_ms=self.settings.slo_ttft_units * unit_ms, tpot_ms=self.settings.slo_tpot_units * unit_ms)
 
     @property
     def done(self) -> set[tuple[int, str, str]]:
@@ -114,24 +107,15 @@ class Results(msgspec.Struct, kw_only=True):
 
 def save(results: Results, path: Path) -> None:
     """One cell a line. Replaces the file in one step: an interrupted run leaves the former one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     head = msgspec.to_builtins(msgspec.structs.replace(results, cells=[]))
     del head["cells"]
-    lines = msgspec.json.format(msgspec.json.encode(head), indent=1).removesuffix(b"\n}")
     cells = b",\n".join(map(msgspec.json.encode, results.cells))
-    partial = path.with_suffix(".partial")
-    partial.write_bytes(lines + b',\n "cells": [\n' + cells + b"\n ]\n}\n")
-    partial.replace(path)
+    replace_file(path, as_json(head).removesuffix(b"\n}\n") + b',\n "cells": [\n' + cells + b"\n ]\n}\n")
 
 
 def read(path: Path) -> Results:
     """Results of any settings. Raises ConfigError if there are none."""
-    try:
-        return msgspec.json.decode(path.read_bytes(), type=Results)
-    except FileNotFoundError:
-        raise ConfigError(f"there is no {path}: leave --resume and --check out") from None
-    except msgspec.DecodeError as error:
-        raise ConfigError(f"{path} holds no results of this benchmark: {error}") from error
+    return read_results(path, Results, f"there is no {path}: leave --resume and --check out")
 
 
 def load(path: Path, settings: Settings) -> Results:
@@ -140,7 +124,6 @@ def load(path: Path, settings: Settings) -> Results:
     More repetitions may be asked for than before.
     """
     results = read(path)
-    if msgspec.structs.replace(results.settings, repetitions=settings.repetitions) != settings:
-        raise ConfigError(f"{path} holds results of other settings: {results.settings}; asked for are {settings}")
+    check_settings(path, msgspec.structs.replace(results.settings, repetitions=settings.repetitions), settings)
     results.settings = settings
     return results

@@ -24,7 +24,7 @@ from vllm_llmd.router import policies
 from vllm_llmd.router.settings import RouterSettings
 from vllm_llmd.simulate import main as simulate
 from vllm_llmd.simulate.report import Summary
-from vllm_llmd.simulate.settings import SimulateSettings
+from vllm_llmd.simulate.settings import Place, SimulateSettings
 from vllm_llmd.simulate.table import table
 
 MINUTES = {8: 20.0, 64: 4.0, 512: 1.5}
@@ -58,7 +58,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--policies", nargs="+", default=policies.names(), help="default: all, %(default)s")
     parser.add_argument("--ours", default=RouterSettings().policy, help="default: the router's, %(default)s")
     parser.add_argument("--scale", type=float, default=1.0, help="of the minutes played (default: %(default)s)")
-    parser.add_argument("--waiting", choices=["router", "engines"], default="router", help="default: %(default)s")
+    parser.add_argument("--waiting", choices=get_args(Place), default="router", help="default: %(default)s")
     parser.add_argument("--objectives", choices=get_args(Objectives), default="sent", help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (default: one per core)")
@@ -89,14 +89,16 @@ def settings_from(args: argparse.Namespace) -> Settings:
     )
 
 
+def settings_of(cell: Cell, args: argparse.Namespace) -> SimulateSettings:
+    return cell.settings(args.trace, args.seed, args.waiting, args.objectives)
+
+
 def play_all(results: Results, cells: Sequence[Cell], args: argparse.Namespace) -> None:
     """Every cell that has not been played yet."""
     names = results.settings.policies
     with processes(args.jobs) as pool:
         running = [
-            (cell, [pool.submit(play, name, settings) for name in names])
-            for cell in results.left(cells)
-            for settings in (cell.settings(args.trace, args.seed, args.waiting, args.objectives),)
+            (cell, [pool.submit(play, name, settings_of(cell, args)) for name in names]) for cell in results.left(cells)
         ]
         for cell, runs in running:
             done = [run.result() for run in runs]

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
+from resumable import as_json, check_settings, read_results, replace_file
 from sim_cells import Cell, Objectives, Played, Verdict, last_line, verdict
 
-from vllm_llmd.errors import ConfigError
 from vllm_llmd.simulate.report import Summary
 from vllm_llmd.simulate.settings import Place
 
@@ -59,20 +59,11 @@ def slim(played: Played) -> Played:
 
 def save(results: Results, path: Path) -> None:
     """Replaces the file in one step: an interrupted run leaves the former one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_bytes(msgspec.json.format(msgspec.json.encode(results), indent=1) + b"\n")
-    partial.replace(path)
+    replace_file(path, as_json(results))
 
 
 def load(path: Path, settings: Settings) -> Results:
     """Results of a run that was interrupted. Raises ConfigError if there are none, or of other settings."""
-    try:
-        results = msgspec.json.decode(path.read_bytes(), type=Results)
-    except FileNotFoundError:
-        raise ConfigError(f"there is no {path}: leave --resume out") from None
-    except msgspec.DecodeError as error:
-        raise ConfigError(f"{path} holds no results to go on with: {error}") from error
-    if results.settings != settings:
-        raise ConfigError(f"{path} holds results of other settings: {results.settings}; asked for are {settings}")
+    results = read_results(path, Results, f"there is no {path}: leave --resume out", wanted="to go on with")
+    check_settings(path, results.settings, settings)
     return results

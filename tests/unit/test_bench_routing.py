@@ -13,6 +13,7 @@ import pytest
 
 from vllm_llmd.errors import ConfigError
 from vllm_llmd.launch import ToldToStop, signals_as_exceptions
+from vllm_llmd.simulate.settings import Slo
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "bench"))
 
@@ -29,7 +30,7 @@ from routing_plan import (
     Workload,
     warm_up,
 )
-from routing_values import Asked, Cell, Results, Settings, Slo, load, save
+from routing_values import Asked, Cell, Results, Settings, load, save
 from routing_words import WORDS, text
 
 SETTINGS = Settings(
@@ -179,7 +180,7 @@ def test_percentiles_are_values_that_were_measured() -> None:
 def test_figures_of_a_cell() -> None:
     cells = [asked(100.0, cached_tokens=50), asked(2000.0), asked(900.0, tpot_ms=101.0), asked(1000.0, tpot_ms=100.0)]
     found = routing_report.Figures.of(
-        msgspec.structs.replace(cell("rr", []), asked=cells, lasted_ms=2000.0), Slo(1000.0, 100.0)
+        msgspec.structs.replace(cell("rr", []), asked=cells, lasted_ms=2000.0), Slo(ttft_ms=1000.0, tpot_ms=100.0)
     )
     assert found.ttft_mean_ms == 1000.0 and found.tokens_per_s == 16.0
     assert found.good_share == 0.5 and found.goodput == 1.0
