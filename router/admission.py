@@ -21,6 +21,7 @@ from vllm_llmd.router.flow import Arrival, Flow, IsOpen, Item, Pool, QueueLimits
 from vllm_llmd.router.membership import Engine, State
 from vllm_llmd.router.preemption import Preemption
 from vllm_llmd.router.prospects import Prospect, Wait
+from vllm_llmd.router.request import Facts
 from vllm_llmd.router.rosters import may_take
 from vllm_llmd.router.settings import RouterSettings
 from vllm_llmd.router.slo import Wish
@@ -108,6 +109,7 @@ class Admission:
             prefill_tokens=settings.engine_prefill_tokens,
             fresh_ms=FRESH_HEARTBEATS * settings.heartbeat_ms,
         )
+        self._min_remote_tokens = settings.min_remote_tokens
         weights = settings.tenant_weight or {}
         self.flow = Flow(QueueLimits(settings.queue_requests, settings.queue_bytes, weights))
         self.preemption = Preemption(self._limits, self.flow, settings.preemptions)
@@ -139,6 +141,17 @@ class Admission:
     def readmit(self, arrival: Arrival, wish: Wish, plan: Plan, now_ms: float) -> list[Event]:
         """As `admit`, for one that was given up: in its old place, and not on its tenant's account again."""
         return self._take_in(_Guest(replace(self.item(arrival, wish), tokens=0), plan), now_ms)
+
+    def arrival(self, request: str, facts: Facts, size_bytes: int, arrived_ms: float) -> Arrival:
+        """The request as far as its wait depends on it."""
+        return Arrival(
+            id=request,
+            pool=Pool(self._fleet.rosters.wanted(facts), facts.prompt_tokens >= self._min_remote_tokens),
+            prompt_tokens=facts.prompt_tokens,
+            max_tokens=facts.output_tokens,
+            size_bytes=size_bytes,
+            arrived_ms=arrived_ms,
+        )
 
     def item(self, arrival: Arrival, wish: Wish) -> Item:
         """The request as it would wait."""

@@ -6,8 +6,7 @@ Owns no state of the fleet.
 import asyncio
 import itertools
 import time
-from collections.abc import Mapping
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 from aiohttp import web
 from aiohttp.typedefs import Handler
@@ -19,9 +18,8 @@ from vllm_llmd.router.context import Context
 from vllm_llmd.router.dispatch import Dispatcher
 from vllm_llmd.router.exact import Exact
 from vllm_llmd.router.failover import way_to_continue
-from vllm_llmd.router.flow import Arrival, Pool
 from vllm_llmd.router.observe import band
-from vllm_llmd.router.request import Facts, Kind, RequestError, read_facts, skim, without_prompt
+from vllm_llmd.router.request import Kind, RequestError, read_facts, skim, without_prompt
 from vllm_llmd.router.sessions import read_session
 from vllm_llmd.router.slo import Wish, read_wish, with_wish
 from vllm_llmd.router.waiting_room import WaitingRoom
@@ -136,23 +134,11 @@ class Front:
             began_ms=asked.began_ms,
             asks_usage=rewrite.may_ask_for_usage(body),
             wish=wish,
-            arrival=self._arrival(request, facts, body, len(raw)),
+            arrival=self._room.arrival(request, facts, len(raw)),
             hold=asked.hold,
             way=way_to_continue(kind, body, facts) if self._settings.continuations else None,
             explain=explain.wanted(http.headers.get(explain.ASK_HEADER)),
             session=read_session(http.headers.items()),
-        )
-
-    def _arrival(self, request: str, facts: Facts, body: Mapping[str, Any], size_bytes: int) -> Arrival:
-        """The request as far as its wait for an engine depends on it."""
-        longest = body.get("max_completion_tokens") or body.get("max_tokens")
-        return Arrival(
-            id=request,
-            pool=Pool(self._fleet.rosters.wanted(facts), facts.prompt_tokens >= self._settings.min_remote_tokens),
-            prompt_tokens=facts.prompt_tokens,
-            max_tokens=longest if isinstance(longest, int) and longest > 0 else None,
-            size_bytes=size_bytes,
-            arrived_ms=self._clock.now_ms(),
         )
 
 

@@ -152,10 +152,10 @@ class Preemption:
                 del going[request]
         return going
 
-    def _in_order(self, here: dict[str, Running], already: set[str], now_ms: float) -> Iterator[Running]:
+    def _in_order(self, here: dict[str, Running], already: set[str], now_ms: float) -> list[Running]:
         """Who may go: the lowest priority first, and of one the latest to be placed."""
         may_go = [each for each in here.values() if each.item.id not in already and each.may_go(now_ms)]
-        yield from sorted(may_go, key=lambda each: (each.item.priority, -each.placed_ms))[:MOST_VICTIMS]
+        return sorted(may_go, key=lambda each: (each.item.priority, -each.placed_ms))[:MOST_VICTIMS]
 
     def _is_full(self, engine: Engine, gone: set[str], now_ms: float) -> bool:
         """Whether the engine would be saturated without those, and with those that it is claimed for."""

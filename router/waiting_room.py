@@ -14,6 +14,7 @@ from vllm_llmd.router.in_flight import InFlight
 from vllm_llmd.router.membership import Engine
 from vllm_llmd.router.observe import Metrics, band
 from vllm_llmd.router.preemption import Running
+from vllm_llmd.router.request import Facts
 from vllm_llmd.router.settings import RouterSettings
 from vllm_llmd.router.slo import Wish
 
@@ -46,6 +47,10 @@ class WaitingRoom:
     def saturated(self, roster: Roster) -> tuple[int, ...]:
         """Who of them are, by their places."""
         return self._admission.saturated(roster, self._clock.now_ms())
+
+    def arrival(self, request: str, facts: Facts, size_bytes: int) -> Arrival:
+        """A request that comes now, as far as its wait depends on it."""
+        return self._admission.arrival(request, facts, size_bytes, self._clock.now_ms())
 
     async def admit(self, arrival: Arrival, wish: Wish, plan: Plan) -> Shed | None:
         """None once the request may be placed; it then has to be, before anything is awaited. Or why it is sent away.

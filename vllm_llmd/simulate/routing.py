@@ -8,7 +8,7 @@ from vllm_llmd.router.admission import Admission
 from vllm_llmd.router.candidates import Candidates
 from vllm_llmd.router.decide import Decision, decision_of, placed
 from vllm_llmd.router.fleet import Fleet
-from vllm_llmd.router.flow import Arrival, Pool
+from vllm_llmd.router.flow import Arrival
 from vllm_llmd.router.membership import Engine
 from vllm_llmd.router.policy import Policy
 from vllm_llmd.router.prospects import Prospect, prospect
@@ -47,7 +47,6 @@ class Routing:
     def __init__(self, settings: RouterSettings, clock: Clock, policy: Policy) -> None:
         self.fleet = Fleet(settings, clock, "simulated")
         self.admission = Admission(settings, self.fleet)
-        self._settings = settings
         self._clock = clock
         self._policy = policy
         self._no_text = self.fleet.cut(_NOTHING)
@@ -70,15 +69,7 @@ class Routing:
 
     def arrival(self, call: Call) -> Arrival:
         """What of it decides how it waits."""
-        facts = call.facts
-        return Arrival(
-            id=call.id,
-            pool=Pool(self.fleet.rosters.wanted(facts), facts.prompt_tokens >= self._settings.min_remote_tokens),
-            prompt_tokens=facts.prompt_tokens,
-            max_tokens=facts.output_tokens,
-            size_bytes=len(facts.text),
-            arrived_ms=call.came_ms,
-        )
+        return self.admission.arrival(call.id, call.facts, len(call.facts.text), call.came_ms)
 
     def plan(self, call: Call) -> Prospect | None:
         """Where it would go now, and whether it does better to wait. None if nobody can take it."""
