@@ -9,7 +9,7 @@ import aiohttp
 import pytest
 
 from vllm_llmd.testing.fake_engine import Behaviour, FakeEngine
-from vllm_llmd.testing.site import CHAT, COMPLETIONS, Site, chat, until
+from vllm_llmd.testing.site import CHAT, COMPLETIONS, Site, chat, statuses, until
 
 KIB = 1 << 10
 BYTES: str = "vllm_llmd_body_bytes"
@@ -35,6 +35,14 @@ async def behind_a_turnstile(site: Site) -> FakeEngine:
     engine.turnstile = asyncio.Semaphore(0)
     await site.ready(engine)
     return engine
+
+
+async def with_a_body(site: Site, size_bytes: int) -> "tuple[FakeEngine, asyncio.Task[aiohttp.ClientResponse]]":
+    """An engine that has not let it through."""
+    engine = await behind_a_turnstile(site)
+    stays = ask(site, body(size_bytes))
+    await held(site, size_bytes)
+    return engine, stays
 
 
 def ask(site: Site, data: Any, **more: Any) -> "asyncio.Task[aiohttp.ClientResponse]":
@@ -84,9 +92,7 @@ async def test_a_body_counts_for_as_long_as_another_engine_may_go_on_with_its_st
 
 @at_most(64 * KIB)
 async def test_who_finds_no_room_is_refused_before_its_body_is_read(site: Site) -> None:
-    engine = await behind_a_turnstile(site)
-    stays = ask(site, body(40 * KIB))
-    await held(site, 40 * KIB)
+    engine, stays = await with_a_body(site, 40 * KIB)
     reader, writer = await asyncio.open_connection(*site.router.http.removeprefix("http://").split(":"))
     writer.write(f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Length: {30 * KIB}\r\n\r\n".encode())
     refused = (await reader.readuntil(b"\r\n\r\n")).decode()
@@ -98,35 +104,31 @@ async def test_who_finds_no_room_is_refused_before_its_body_is_read(site: Site) 
     assert await site.metric('vllm_llmd_shed_requests_total{band="normal",reason="bodies-full"}') == 1
     assert await site.metric(BYTES) == 40 * KIB
     let_through(engine)
-    assert (await stays).status == 200
+    assert await statuses([stays]) == [200]
 
 
 @at_most(64 * KIB)
 async def test_a_body_of_untold_length_is_refused_once_it_finds_no_room(site: Site) -> None:
-    engine = await behind_a_turnstile(site)
-    stays = ask(site, body(40 * KIB))
-    await held(site, 40 * KIB)
+    engine, stays = await with_a_body(site, 40 * KIB)
     refused = await ask(site, in_chunks(body(30 * KIB)), headers={"x-llmd-priority": "-1"})
     assert (refused.status, refused.headers["x-llmd-reason"]) == (429, "bodies-full")
     assert (await refused.json())["error"]["code"] == "bodies_full"
     assert await site.metric('vllm_llmd_shed_requests_total{band="best_effort",reason="bodies-full"}') == 1
     await held(site, 40 * KIB)
     let_through(engine)
-    assert (await stays).status == 200
+    assert await statuses([stays]) == [200]
     await held(site, 0)
 
 
 @at_most(64 * KIB)
 async def test_small_requests_are_served_beside_giants(site: Site) -> None:
-    engine = await behind_a_turnstile(site)
-    giant = ask(site, body(56 * KIB))
-    await held(site, 56 * KIB)
+    engine, giant = await with_a_body(site, 56 * KIB)
     async with site.client.post(site.router.http + CHAT, data=body(2 * KIB)) as refused:
         assert refused.status == 429
     small = [ask(site, body(KIB)) for _ in range(8)]
     await held(site, 64 * KIB)
     let_through(engine, 9)
-    assert [(await answer).status for answer in (giant, *small)] == [200] * 9
+    assert await statuses([giant, *small]) == [200] * 9
     await held(site, 0)
 
 
@@ -146,9 +148,9 @@ async def test_a_body_that_would_never_find_room_is_413_and_says_what_to_do(site
 async def test_many_at_once_are_each_served_or_told_to_come_back(site: Site) -> None:
     await site.ready(await site.engine("a"))
     answers = [ask(site, (body(60 * KIB), in_chunks(body(50 * KIB)))[number % 2]) for number in range(40)]
-    statuses = [(await answer).status for answer in answers]
-    assert set(statuses) <= {200, 429}
-    assert 200 in statuses
+    found = await statuses(answers)
+    assert set(found) <= {200, 429}
+    assert 200 in found
     await held(site, 0)
     async with site.client.post(site.router.http + CHAT, data=body(60 * KIB)) as response:
         assert response.status == 200
@@ -181,13 +183,11 @@ async def test_nothing_is_held_after_errors_and_clients_that_leave(site: Site) -
 
 @at_most(64 * KIB)
 async def test_who_asks_before_sending_is_told_once_there_is_room(site: Site) -> None:
-    engine = await behind_a_turnstile(site)
-    stays = ask(site, body(40 * KIB))
-    await held(site, 40 * KIB)
+    engine, stays = await with_a_body(site, 40 * KIB)
     async with site.client.post(site.router.http + CHAT, data=body(30 * KIB), expect100=True) as response:
         assert response.status == 429
     let_through(engine, 2)
-    assert (await stays).status == 200
+    assert await statuses([stays]) == [200]
     async with site.client.post(site.router.http + CHAT, data=body(30 * KIB), expect100=True) as response:
         assert response.status == 200
     async with site.client.post(site.router.http + CHAT, data=b"{}", headers={"Expect": "miracles"}) as response:

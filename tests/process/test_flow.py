@@ -2,14 +2,13 @@
 
 import asyncio
 import signal
-from collections.abc import Iterable
 from typing import Any
 
 import aiohttp
 import pytest
 
 from vllm_llmd.testing.fake_engine import FakeEngine
-from vllm_llmd.testing.site import COMPLETIONS, Site, chat, until
+from vllm_llmd.testing.site import COMPLETIONS, Site, chat, statuses, until
 from vllm_llmd.wire import Load
 
 Answers = list[asyncio.Task[aiohttp.ClientResponse]]
@@ -77,14 +76,6 @@ async def finish(engine: FakeEngine, *answers: "asyncio.Task[aiohttp.ClientRespo
     for _ in range(100):
         engine.turnstile.release()
     return await statuses(answers)
-
-
-async def statuses(answers: "Iterable[asyncio.Task[aiohttp.ClientResponse]]") -> list[int]:
-    """Of answers that are read to their ends: one that is left open warns in a later test."""
-    responses = [await answer for answer in answers]
-    for response in responses:
-        await response.read()
-    return [response.status for response in responses]
 
 
 @queueing()

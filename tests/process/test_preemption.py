@@ -11,7 +11,7 @@ import pytest
 
 from vllm_llmd.testing.fake_engine import Behaviour, FakeEngine
 from vllm_llmd.testing.fake_stock_engine import FakeStockEngine
-from vllm_llmd.testing.site import COMPLETIONS, DEADLINE_S, Router, Site, chat, until
+from vllm_llmd.testing.site import COMPLETIONS, DEADLINE_S, Router, Site, chat, statuses, until
 
 Answers = list["asyncio.Task[aiohttp.ClientResponse]"]
 
@@ -51,6 +51,14 @@ async def best_effort(site: Site, engine: FakeEngine, *texts: str) -> Answers:
     return answers
 
 
+async def given_up_for(site: Site, engine: FakeEngine) -> Answers:
+    """Of two that are best effort, one makes room for an urgent one."""
+    answers = await best_effort(site, engine, "one", "two")
+    answers.append(ask(site, "urgent", 0))
+    await received(engine, "one", "two", "urgent")
+    return answers
+
+
 async def waiting(site: Site, band: str, count: int) -> None:
     await until(lambda: site.metric(f'vllm_llmd_queued_requests{{band="{band}"}}'), lambda found: found == count)
 
@@ -61,13 +69,6 @@ def let_through(engine: FakeEngine, count: int) -> None:
         engine.turnstile.release()
 
 
-async def statuses(answers: Answers) -> list[int]:
-    got = [await answer for answer in answers]
-    for response in got:
-        await response.read()
-    return [response.status for response in got]
-
-
 async def engine_state(site: Site, name: str = "a") -> dict[str, Any]:
     [found] = [each for each in await site.admin_engines() if each["id"] == name]
     return found
@@ -76,9 +77,7 @@ async def engine_state(site: Site, name: str = "a") -> dict[str, Any]:
 @queueing()
 async def test_an_urgent_request_takes_the_place_of_the_latest_best_effort_which_is_served_later(site: Site) -> None:
     engine = await held(site)
-    answers = await best_effort(site, engine, "one", "two")
-    answers.append(ask(site, "urgent", 0))
-    await received(engine, "one", "two", "urgent")
+    answers = await given_up_for(site, engine)
     await waiting(site, "best_effort", 1)
     assert await site.metric('vllm_llmd_preempted_requests_total{engine="a"}') == 1
     await until(lambda: _cancelled(engine), lambda count: count == 1)
@@ -96,9 +95,7 @@ async def _cancelled(engine: FakeEngine) -> int:
 @queueing()
 async def test_who_is_given_up_is_no_failure_and_no_retry_and_leaves_nothing_behind(site: Site) -> None:
     engine = await held(site)
-    answers = await best_effort(site, engine, "one", "two")
-    answers.append(ask(site, "urgent", 0))
-    await received(engine, "one", "two", "urgent")
+    answers = await given_up_for(site, engine)
     assert (await engine_state(site))["requests"] == 2
     let_through(engine, 9)
     assert await statuses(answers) == [200] * 3

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from vllm_llmd.testing.site import Site, chat, until
+from vllm_llmd.testing.site import Site, chat, statuses, until
 
 BOTH = 'model="fake",role="both"'
 
@@ -47,4 +47,4 @@ async def test_nobody_is_wanted_without_demand_and_somebody_while_requests_wait(
     assert await site.metric(f"vllm_llmd_desired_replicas{{{BOTH}}}") >= 1
     for _ in waiting:
         engine.turnstile.release()
-    assert {(await answer).status for answer in waiting} == {200}
+    assert set(await statuses(waiting)) == {200}

@@ -3,7 +3,7 @@
 import asyncio
 import signal
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -31,6 +31,14 @@ async def until(ask: Callable[[], Awaitable[T]], wanted: Callable[[T], bool]) ->
             return answer
         assert time.monotonic() < give_up, f"still {answer!r}"
         await asyncio.sleep(0.02)
+
+
+async def statuses(answers: Iterable[Awaitable[aiohttp.ClientResponse]]) -> list[int]:
+    """Of answers that are read to their ends: one that is left open warns in a later test."""
+    responses = [await answer for answer in answers]
+    for response in responses:
+        await response.read()
+    return [response.status for response in responses]
 
 
 class Router:
