@@ -23,10 +23,14 @@ TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 
 @dataclass(frozen=True)
 class HintedSource:
-    """An engine that should supply the prompt's KV up to token `until` (exclusive), or to its end."""
+    """An engine that should supply the prompt's KV up to token `until` (exclusive), or to its end.
+
+    It serves the order by `priority`, as vLLM understands it, if that is told; else by that of the request.
+    """
 
     engine: EngineId
     until: int | None = None
+    priority: int | None = None
 
 
 @dataclass(frozen=True)
@@ -69,11 +73,12 @@ def read_hint(kv_transfer_params: Any) -> Hint:
 
 @dataclass(frozen=True)
 class Part:
-    """Prompt tokens `first_token` to `end_token` (exclusive), to come from `source`."""
+    """Prompt tokens `first_token` to `end_token` (exclusive), to come from `source`, which serves it by `priority`."""
 
     source: EngineInfo
     first_token: int
     end_token: int
+    priority: int | None = None
 
     @property
     def tokens(self) -> int:
@@ -90,20 +95,20 @@ class Need:
     block_size: int
 
 
-def split(need: Need, sources: Sequence[tuple[EngineInfo, int | None]]) -> list[Part]:
-    """Deal the need out to sources, in order, each up to its own end. A part too small goes to whoever comes next.
+def split(need: Need, sources: Sequence[tuple[EngineInfo, HintedSource]]) -> list[Part]:
+    """Deal the need out to sources, in order, each as hinted. A part too small goes to whoever comes next.
 
     Example: 1000 to 6000 from A until 4100 and then B, in blocks of 32: A supplies 1000 to 4096, B 4096 to 6000.
     """
     parts: list[Part] = []
     first = need.first_token
-    for source, until in sources:
-        end = need.end_token
+    for source, hinted in sources:
+        end, until = need.end_token, hinted.until
         if until is not None and until < end:
             unit = max(need.block_size, source.geometry.groups[0].block_size if source.geometry.groups else 1)
             end = until // unit * unit
         if end - first >= need.min_tokens:
-            parts.append(Part(source, first, end))
+            parts.append(Part(source, first, end, hinted.priority))
             first = end
     return parts
 
@@ -111,12 +116,18 @@ def split(need: Need, sources: Sequence[tuple[EngineInfo, int | None]]) -> list[
 def _source(raw: Any) -> HintedSource | None:
     if not isinstance(raw, Mapping) or not isinstance(raw.get("engine"), str):
         return None
-    until = raw.get("until")
-    return HintedSource(EngineId(raw["engine"]), until if _is_count(until) else None)
+    until, priority = raw.get("until"), raw.get("priority")
+    return HintedSource(
+        EngineId(raw["engine"]), until if _is_count(until) else None, priority if _is_priority(priority) else None
+    )
 
 
 def _is_name(value: Any) -> bool:
     return isinstance(value, str) and 0 < len(value) <= MAX_NAME_CHARS and value.isprintable()
+
+
+def _is_priority(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) <= MAX_COUNT
 
 
 def _is_count(value: Any) -> bool:

@@ -207,7 +207,7 @@ class Placing:
             peer = self._outside.members().get(hinted.engine)
             reason = self._objection(peer)
             if peer is not None and reason is None:
-                sources.append((peer, hinted.until))
+                sources.append((peer, hinted))
             else:
                 assert reason is not None
                 if not told:
@@ -310,8 +310,9 @@ class Placing:
         }
         if request.cache_salt is not None:
             body["cache_salt"] = request.cache_salt
-        if part.source.priorities and request.priority:
-            body["priority"] = request.priority
+        priority = request.priority if part.priority is None else part.priority
+        if part.source.priorities and priority:
+            body["priority"] = priority
         return body
 
     def _give_up(self, request_id: RequestId, reason: str) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 from aiohttp import web
 
 from vllm_llmd.names import EngineId
-from vllm_llmd.router import rewrite
+from vllm_llmd.router import rewrite, turns
 from vllm_llmd.router.begun import Begun
 from vllm_llmd.router.bodies import Hold
 from vllm_llmd.router.candidates import Candidates
@@ -42,6 +42,7 @@ class Call:
     """One client request; `body` is what there is in `raw` besides the prompt, and `facts` what is known of that.
 
     `asks_usage` says that the usage of its stream can be asked for, and that the client does not ask for it itself.
+    It came at `came_unix_ms`, in milliseconds since 1970; `band` is its priority, None for what we cannot read.
     `way` is how its stream is continued if it breaks, None where it cannot be. Once its answer has begun, `begun` is
     what the client gets.
     """
@@ -55,6 +56,8 @@ class Call:
     began_ms: float
     asks_usage: bool
     wish: Wish
+    came_unix_ms: float
+    band: int | None
     way: Way | None
     arrival: Arrival
     hold: Hold
@@ -98,15 +101,16 @@ def attempt_at(engine: Engine, call: Call, decision: Decision) -> Attempt:
     """What an engine is sent. One without our plugin gets no hint: it would not understand it."""
     asking = rewrite.asking_for_usage(call.raw, call.body) if asks_usage_of(engine, call) else None
     raw, body = asking or (call.raw, call.body)
-    if engine.info.priorities:
-        raw, body = rewrite.with_priority(raw, body, call.wish.priority)
+    turn = _turn(engine, call, decision)
+    if turn is not None:
+        raw, body = rewrite.with_priority(raw, body, turn)
     traced = call.way is not None and engine.stock is None
     if traced:
         raw = rewrite.asking_for_token_ids(raw, body)
     if call.begun is not None and call.begun.told is not None:
         raw = call.begun.told.rest(raw)
     if engine.stock is None:
-        sent = rewrite.with_hint(raw, body, {"llmd": _hint(call.id, decision)})
+        sent = rewrite.with_hint(raw, body, {"llmd": _hint(call, decision)})
     else:
         sent = rewrite.without_hint(raw, body)
     headers = rewrite.request_headers(call.http.headers.items(), call.id)
@@ -117,9 +121,26 @@ def attempt_at(engine: Engine, call: Call, decision: Decision) -> Attempt:
     return Attempt(engine.info.http.rstrip("/") + call.http.path, headers, sent)
 
 
-def _hint(request: str, decision: Decision) -> dict[str, Any]:
+def _turn(engine: Engine, call: Call, decision: Decision) -> int | None:
+    """The priority that an engine is told; None if there is nothing to tell it, or it would not understand."""
+    if not engine.info.priorities or call.band is None:
+        return None
+    return _priority(call, call.band, decision, engine.info.id)
+
+
+def _priority(call: Call, band: int, decision: Decision, engine: EngineId) -> int | None:
+    """By when it is due there, if that is known; else a mere priority, if there is one."""
+    work_ms = decision.work_ms.get(engine)
+    if work_ms is None:
+        return -band or None
+    return turns.priority(band, call.came_unix_ms, work_ms, call.wish.ttft_ms)
+
+
+def _hint(call: Call, decision: Decision) -> dict[str, Any]:
+    hint: dict[str, Any] = {"request": call.id}
     if decision.source is None:
-        return {"request": request}
-    if decision.source_until is None:
-        return {"request": request, "source": decision.source}
-    return {"request": request, "sources": [{"engine": decision.source, "until": decision.source_until}]}
+        return hint
+    priority = None if call.band is None else _priority(call, call.band, decision, decision.source)
+    source = {"engine": decision.source, "until": decision.source_until, "priority": priority}
+    said = {name: value for name, value in source.items() if value is not None}
+    return {**hint, "source": decision.source} if len(said) == 1 else {**hint, "sources": [said]}

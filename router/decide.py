@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from vllm_llmd.names import EngineId
-from vllm_llmd.router.candidates import Candidates
+from vllm_llmd.router.candidates import Candidates, Roster
 from vllm_llmd.router.policy import Choice, Policy, note_placed
 from vllm_llmd.router.request import Facts
 from vllm_llmd.router.seen import Seen
@@ -15,7 +15,8 @@ class Decision:
     """`predicted_blocks` of the prompt are cached at `destination`, `claimed_blocks` if the index is right.
 
     `source` supplies KV up to token `source_until`, or to the prompt's end if that is None. `prefill_tokens` says how
-    many of the prompt's tokens each of the two then computes. `terms` are its costs in milliseconds; `choice` is what
+    many of the prompt's tokens each of the two then computes, and `work_ms` how long that takes, where the policy has
+    said so: what others make ready for it counts as well. `terms` are its costs in milliseconds; `choice` is what
     it was made of, `seen` what the request found there, and `source_seen` at the source.
     """
 
@@ -27,6 +28,7 @@ class Decision:
     terms: Mapping[str, float]
     source_until: int | None = None
     prefill_tokens: Mapping[EngineId, int] = field(default_factory=dict)
+    work_ms: Mapping[EngineId, float] = field(default_factory=dict)
     choice: Choice | None = None
     seen: Seen | None = None
     source_seen: Seen | None = None
@@ -75,10 +77,16 @@ def decision_of(choice: Choice, facts: Facts, candidates: Candidates) -> Decisio
         terms=choice.terms,
         source_until=choice.until,
         prefill_tokens=prefill_tokens,
+        work_ms=_work_ms(choice, roster),
         choice=choice,
         seen=_seen(facts, candidates, at),
         source_seen=None if source is None else _seen(facts, candidates, source),
     )
+
+
+def _work_ms(choice: Choice, roster: Roster) -> Mapping[EngineId, float]:
+    said = {choice.destination: choice.work_ms, choice.source: choice.source_work_ms}
+    return {roster.id(at): ms for at, ms in said.items() if at is not None and ms is not None}
 
 
 def _seen(facts: Facts, candidates: Candidates, place: int) -> Seen:

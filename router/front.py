@@ -11,6 +11,7 @@ from typing import Final, NamedTuple
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
+from vllm_llmd.clock import unix_ms
 from vllm_llmd.router import explain, intake, replies, rewrite
 from vllm_llmd.router.bodies import Bodies, BodyTooLarge, Hold, NoRoomForBody
 from vllm_llmd.router.call import Call
@@ -22,6 +23,7 @@ from vllm_llmd.router.observe import band
 from vllm_llmd.router.request import Kind, RequestError, read_facts, skim, without_prompt
 from vllm_llmd.router.sessions import read_session
 from vllm_llmd.router.slo import Wish, read_wish, with_wish
+from vllm_llmd.router.turns import band_of
 from vllm_llmd.router.waiting_room import WaitingRoom
 
 PATHS: Final[dict[str, Kind]] = {"/v1/chat/completions": "chat", "/v1/completions": "completion"}
@@ -134,6 +136,8 @@ class Front:
             began_ms=asked.began_ms,
             asks_usage=rewrite.may_ask_for_usage(body),
             wish=wish,
+            came_unix_ms=unix_ms() - (self._clock.now_ms() - asked.began_ms),
+            band=band_of(body, wish),
             arrival=self._room.arrival(request, facts, len(raw)),
             hold=asked.hold,
             way=way_to_continue(kind, body, facts) if self._settings.continuations else None,

@@ -19,6 +19,7 @@ from vllm_llmd.router.plans import (
     Ask,
     Asked,
     Party,
+    Plan,
     Terms,
     alone,
     fetched,
@@ -92,13 +93,15 @@ class Search:
         for name, column in asked.more.items():
             terms[name] = float(column[at])
         prices = plans.Prices(asked)
-        if kind == ALONE:
-            return Choice(at, terms=terms, prices=prices)
-        if kind == PREFILLED:
-            waited_for = min(float(fields[at, OWN]), float(costs.CHUNK_TOKENS))
-            return Choice(at, source, None, waited_for, terms, prices)
         held = float(fields[source, HELD])
-        return Choice(at, source, int(held), held - float(fields[at, CACHED]), terms, prices)
+        work = plans.work_ms(asked, Plan(kind, at, source), int(held))
+        if kind == ALONE:
+            return Choice(at, work_ms=work.destination, terms=terms, prices=prices)
+        if kind == PREFILLED:
+            until, waited_for = None, min(float(fields[at, OWN]), float(costs.CHUNK_TOKENS))
+        else:
+            until, waited_for = int(held), held - float(fields[at, CACHED])
+        return Choice(at, source, until, waited_for, work.destination, work.source, terms, prices)
 
 
 def _scratch(engines: int) -> Scratch:

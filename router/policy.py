@@ -25,7 +25,8 @@ class PolicySettings:
 class Choice:
     """`destination` decodes; `source` supplies the KV of the prompt up to token `until`, or to its end if that is None.
 
-    Of what is transferred, `transfer_tokens` are waited for.
+    Of what is transferred, `transfer_tokens` are waited for. What they have to compute of the prompt takes the
+    destination `work_ms` and the source `source_work_ms`; None where the policy does not reckon in times.
     `terms` are what this costs, and `prices` what it would cost to have each candidate do all of it, by term; in
     predicted milliseconds, and empty where the policy does not reckon in them.
     """
@@ -34,6 +35,8 @@ class Choice:
     source: int | None = None
     until: int | None = None
     transfer_tokens: float | None = None
+    work_ms: float | None = None
+    source_work_ms: float | None = None
     terms: Mapping[str, float] = field(default_factory=dict)
     prices: Mapping[str, Milliseconds] = field(default_factory=dict)
     """May be reckoned only when looked at, which it keeps what it is made of for: not to be held for long."""

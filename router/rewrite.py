@@ -84,13 +84,11 @@ def asking_for_token_ids(raw: bytes, body: Mapping[str, Any]) -> bytes:
 
 
 def with_priority(raw: bytes, body: Mapping[str, Any], priority: int) -> "tuple[bytes, Mapping[str, Any]]":
-    """The request, raw and parsed, with a priority as vLLM understands it, where less is more urgent.
-
-    What the client itself has put there stays.
-    """
-    if PRIORITY in body or not priority:
-        return raw, body
-    return _with_member(raw, body, PRIORITY, -priority), {**body, PRIORITY: -priority}
+    """The request, raw and parsed, with a priority as vLLM understands it, where less is more urgent."""
+    changed = {**body, PRIORITY: priority}
+    if PRIORITY in body:
+        return json.dumps({**parse_body(raw), PRIORITY: priority}).encode(), changed
+    return _with_member(raw, body, PRIORITY, priority), changed
 
 
 def uncompressed(headers: Headers) -> Headers:

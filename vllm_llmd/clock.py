@@ -12,6 +12,11 @@ class Clock(Protocol):
         ...
 
 
+def unix_ms() -> float:
+    """Milliseconds since 1970, as this machine has it: what different machines can compare, and may go back."""
+    return time.time_ns() / 1e6
+
+
 class MonotonicClock:
     """The machine's own monotonic clock."""
 

@@ -7,6 +7,7 @@ from typing import Any
 import aiohttp
 import pytest
 
+from vllm_llmd.clock import unix_ms
 from vllm_llmd.testing.fake_engine import FakeEngine
 from vllm_llmd.testing.site import COMPLETIONS, Site, chat, statuses, until
 from vllm_llmd.wire import Load
@@ -242,17 +243,34 @@ async def test_a_malformed_header_is_an_error_that_names_it(site: Site, name: st
     assert not engine.requests
 
 
-@pytest.mark.parametrize("schedules", [True, False])
-async def test_an_engine_that_schedules_by_priority_is_told_it_in_its_own_sense(site: Site, schedules: bool) -> None:
-    engine = await site.engine("a", priorities=schedules)
+HELLO = {"model": "fake", "prompt": "hello"}
+
+
+async def test_an_engine_that_schedules_by_priority_is_told_when_a_request_is_due_in_bands(site: Site) -> None:
+    engine = await site.engine("a", priorities=True)
     await site.ready(engine)
-    headers = {"x-llmd-priority": "5"}
-    for body in ({"model": "fake", "prompt": "hello"}, {"model": "fake", "prompt": "hello", "priority": 3}):
-        async with site.post(body, COMPLETIONS, headers=headers) as response:
-            assert response.status == 200
-    told = [request.body.get("priority") for request in engine.requests]
-    assert told == [-5 if schedules else None, 3]
+    before_ms = unix_ms()
+    asked = [{**HELLO, "priority": 3}, HELLO, {**HELLO, "prompt": "hello " * 3000}, {**HELLO, "priority": 10**6}]
+    asked_for = [site.post(body, COMPLETIONS) for body in asked]
+    urgent = site.post(HELLO, COMPLETIONS, headers={"x-llmd-priority": "5"})
+    assert await statuses([*asked_for, urgent]) == [200] * 5
+    told = {(len(each.body["prompt"]), each.body["priority"]) for each in engine.requests}
+    [less], [more] = ([due for length, due in told if length == 5 and due // 4e12 == band] for band in (3, -5))
+    [short] = [due for length, due in told if length == 5 and before_ms <= due < 4e12]
+    [long] = [due for length, due in told if length > 5]
+    assert more < short < long < less, "in its own sense, where less goes first"
+    assert (5, 10**6) in told, "what is none of our bands stays what it is"
     assert all("x-llmd-priority" not in request.headers for request in engine.requests)
+
+
+async def test_an_engine_that_does_not_schedule_by_priority_is_told_none(site: Site) -> None:
+    engine = await site.engine("a")
+    await site.ready(engine)
+    asked = [
+        site.post(body, COMPLETIONS, headers={"x-llmd-priority": "5"}) for body in (HELLO, {**HELLO, "priority": 3})
+    ]
+    assert await statuses(asked) == [200, 200]
+    assert sorted(str(each.body.get("priority")) for each in engine.requests) == ["3", "None"]
 
 
 @queueing()

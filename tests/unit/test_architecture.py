@@ -98,6 +98,7 @@ PURE = (
     "router/occupancy.py",
     "router/saturation.py",
     "router/slo.py",
+    "router/turns.py",
     "router/request.py",
     "router/rewrite.py",
     "router/sse.py",

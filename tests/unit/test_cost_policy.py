@@ -242,6 +242,19 @@ def test_what_is_being_computed_for_others_is_fetched_when_the_queue_is_done() -
     assert decision.prefill_tokens == {"idle": 800, "computes": 0}
 
 
+def test_a_decision_says_how_long_each_computes_and_counts_what_others_make_ready() -> None:
+    token_ms = PRIOR.token_ms
+    alone = choose(4000, Row("a", prefix=100))
+    assert alone.work_ms == pytest.approx({"a": 2400 * (token_ms + PRIOR.context_ms * 2.8)})
+    at = replace(columns([Row("a", prefix=100)]), coming_blocks=np.array([100]))
+    waits = decide(facts(4000), at, policies.make("cost", SETTINGS))
+    assert waits is not None and waits.work_ms == pytest.approx({"a": 4000 * (token_ms + PRIOR.context_ms * 2)})
+    prefilled = choose(4000, Row("d", "decode"), Row("p", "prefill", prefix=100))
+    assert prefilled.work_ms == pytest.approx({"d": 0.0, "p": alone.work_ms["a"]})
+    fetched = choose(4000, Row("holder", prefix=200, load=busy(200)), Row("idle"))
+    assert fetched.work_ms["holder"] < token_ms * 2 < fetched.work_ms["idle"]
+
+
 def test_what_comes_after_offloaded_blocks_is_not_fetched() -> None:
     at = columns([Row("computes", prefix=200, offloaded=100, load=busy(200)), Row("idle")])
     at = replace(at, coming_blocks=np.array([60, 0]))

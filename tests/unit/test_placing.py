@@ -271,6 +271,15 @@ def test_the_priority_travels_to_a_source_that_schedules_by_it(priorities: bool)
     assert b.client.placed[0].body.get("priority") == (7 if priorities else None)
 
 
+@pytest.mark.parametrize(("said", "told"), [(0, None), (-9, -9), ("first", 7), (2**70, 7), (True, 7)])
+def test_what_the_router_says_of_the_order_goes_before_the_priority_of_the_request(
+    said: object, told: int | None
+) -> None:
+    b = bench(peer(priorities=True))
+    b.place(Request(100, {"llmd": {"sources": [{"engine": "s", "priority": said}]}}, priority=7))
+    assert b.client.placed[0].body.get("priority") == told
+
+
 def test_an_adapter_travels_by_name_with_a_digest_of_its_weights(tmp_path: Path) -> None:
     (tmp_path / "adapter_model.safetensors").write_bytes(b"weights")
     b = bench()
