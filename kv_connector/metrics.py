@@ -38,6 +38,11 @@ COUNTERS = (
     MetricSpec(
         "leases_expired", "vllm:llmd_leases_expired", "Leases that ran out, on orders placed here and served here."
     ),
+    MetricSpec(
+        "prompts_held",
+        "vllm:llmd_prompts_held",
+        "Steps in which a prompt that had been begun stood still for one due earlier, summed over prompts.",
+    ),
 )
 
 FALLBACKS = MetricSpec(

@@ -24,6 +24,7 @@ from vllm_llmd.kv_connector.seal import Seal
 from vllm_llmd.kv_connector.serving import PinBook, Serving, Streaming
 from vllm_llmd.kv_connector.stats import TransferCounts
 from vllm_llmd.kv_connector.steps import StepPlan
+from vllm_llmd.kv_connector.turns import LOOKED_AT, Prompt, Turns
 from vllm_llmd.kv_connector.vllm_compat import (
     BlockPoolView,
     event_hashes,
@@ -37,6 +38,7 @@ from vllm_llmd.kv_connector.vllm_compat import (
     waits_for_kv,
 )
 from vllm_llmd.kv_connector.vllm_facts import EngineFacts
+from vllm_llmd.kv_connector.vllm_turns import StepView, forget_steps, on_step
 from vllm_llmd.names import BlockName, EngineId, RequestId, Tier
 from vllm_llmd.settings import EngineSettings
 from vllm_llmd.wire import EngineInfo, Load
@@ -65,6 +67,7 @@ class SchedulerSide:
         self._namer = BlockNamer(facts.block_size)
         self._offloaded = OffloadedBlocks(self._namer.name_of)
         self._load = LoadCounter()
+        self._turns = Turns()
         self._requests: dict[RequestId, Any] = {}
         self._prefilling: dict[RequestId, Any] = {}
         self._unseen: dict[RequestId, str] = {}
@@ -121,6 +124,8 @@ class SchedulerSide:
         self._pins = PinBook(self._pool)
         self._serving = Serving(policy, self._pool, self._pins, room, self._clock)
         self._serving.streaming = Streaming(settings.stream == "layers", len(facts.layers), facts.layer_bytes)
+        if facts.priorities:
+            on_step(self._take_turns)
         self._wait_ms = WAIT_MS if on_arrival(self._nudge) else DEAF_WAIT_MS
         on_connector_events(self._see_offloaded)
         on_told_to_stop(self._link.drain)
@@ -139,6 +144,8 @@ class SchedulerSide:
         self._serving.arrived(request)
 
     def tokens_to_load(self, request: Any, computed: int) -> int | None:
+        if self._turns.must_wait(self._prompt(request, computed)):
+            return None
         return self._placing.tokens_to_load(request, computed)
 
     def allocated(self, request: Any, tokens: int) -> None:
@@ -155,6 +162,28 @@ class SchedulerSide:
         self._load.ended(request.request_id)
         self._placing.finished(request)
         return self._serving.finished(request)
+
+    # --- turns ------------------------------------------------------------------------------------------------
+
+    def _take_turns(self, step: StepView) -> None:
+        """Before vLLM plans a step: prompts that it has begun stand still for those that are due earlier."""
+        begun = step.begun()
+        waiting = step.waiting(LOOKED_AT) if begun and step.seats > 0 else []
+        size = self._facts.block_size
+        free_tokens = self._pool.free_blocks() * size // max(len(self._facts.geometry.groups), 1)
+        free_tokens -= sum(each.num_tokens - each.num_computed_tokens + size for each in begun)
+        fit = [each for each in waiting if each.num_computed_tokens or each.num_tokens <= free_tokens]
+        held = self._turns.held(
+            [self._prompt(each, each.num_computed_tokens) for each in begun], [self._prompt(each, 0) for each in fit]
+        )
+        for request in begun:
+            if request.request_id in held:
+                step.hold(request)
+        self._counts.prompts_held += len(held)
+
+    def _prompt(self, request: Any, computed: int) -> Prompt:
+        hashes = request.block_hashes
+        return Prompt(request.request_id, request.priority, hashes, computed // self._facts.hash_tokens)
 
     # --- steps ------------------------------------------------------------------------------------------------
 
@@ -298,6 +327,7 @@ class SchedulerSide:
 
     def close(self) -> None:
         forget_arrivals(self._nudge)
+        forget_steps(self._take_turns)
         forget_connector_events(self._see_offloaded)
         self._link.close()
         self._client.close()

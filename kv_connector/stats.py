@@ -28,6 +28,7 @@ class TransferCounts:
     blocks_missing: int = 0
     blocks_salvaged: int = 0
     leases_expired: int = 0
+    prompts_held: int = 0
     fallbacks: dict[str, int] = field(default_factory=dict)
     refused: dict[str, int] = field(default_factory=dict)
     lead_ms: list[float] = field(default_factory=list)

@@ -34,8 +34,8 @@ except ImportError:  # vLLM before 0.32 does not ask where tokens come from
 logger = logging.getLogger(__name__)
 
 
-def _wrap(owner: type, name: str, make: Callable[[Any], Any]) -> None:
-    """Put what `make` makes of a method in its place; the second time nothing is changed."""
+def wrap(owner: type, name: str, make: Callable[[Any], Any]) -> None:
+    """Puts what `make` makes of a method in its place; the second time nothing is changed."""
     theirs = getattr(owner, name)
     if not getattr(theirs, "wrapped_by_llmd", False):
         ours = make(theirs)
@@ -60,7 +60,7 @@ def remember_manager() -> None:
     """
     if hasattr(KVConnectorBase_V1, "bind_kv_cache_manager"):
         return
-    _wrap(KVCacheManager, "__init__", _remembering)
+    wrap(KVCacheManager, "__init__", _remembering)
 
 
 def _remembering(theirs: Any) -> Any:
@@ -190,7 +190,7 @@ def on_connector_events(listener: Callable[[list[Any]], None]) -> None:
     try:
         from vllm.distributed.kv_transfer.kv_connector.v1.multi_connector import MultiConnector
 
-        _wrap(MultiConnector, "take_events", _telling_of_events)
+        wrap(MultiConnector, "take_events", _telling_of_events)
     except (ImportError, AttributeError):
         logger.warning("this vLLM's MultiConnector is unknown to vllm-llmd: routers are not told of offloaded blocks")
         return
@@ -248,7 +248,7 @@ def spin_briefly() -> None:
     try:
         from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
 
-        _wrap(SpinCondition, "wait", _waiting_briefly)
+        wrap(SpinCondition, "wait", _waiting_briefly)
     except (ImportError, AttributeError):
         logger.warning("this vLLM's message queues are unknown to vllm-llmd: waiting for KV may cost a core")
 
@@ -273,7 +273,7 @@ def on_arrival(listener: Callable[[], None]) -> bool:
     try:
         from vllm.v1.engine.core import EngineCore
 
-        _wrap(EngineCore, "preprocess_add_request", _telling_of_arrivals)
+        wrap(EngineCore, "preprocess_add_request", _telling_of_arrivals)
     except (ImportError, AttributeError):
         logger.warning("this vLLM does not tell of new requests: an engine that waits for KV looks for them often")
         return False

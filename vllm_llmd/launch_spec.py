@@ -99,6 +99,7 @@ def engine_argv(spec: FleetSpec, engine: EngineSpec, port: int, router: str, gpu
     fixed = ["--model", str(spec.model), "--host", HOST, "--port", str(port)]
     fixed += ["--kv-transfer-config", json.dumps(transfer)]
     fixed += ["--enable-prompt-tokens-details"]  # what the router compares its predictions with
+    fixed += ["--scheduling-policy", "priority"]  # by which the router says when a request is due
     return [*spec.engine_command, *fixed, *(() if gpus else CPU_FLAGS), *spec.engine_flags, *engine.flags]
 
 
