@@ -131,6 +131,7 @@ PURE = (
     "vllm_llmd/sim/speeds.py",
     "vllm_llmd/sim/text.py",
     "vllm_llmd/sim/transfer.py",
+    "vllm_llmd/sim/turns.py",
     "vllm_llmd/simulate/events.py",
     "vllm_llmd/simulate/member.py",
     "vllm_llmd/simulate/outcomes.py",

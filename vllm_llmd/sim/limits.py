@@ -5,6 +5,9 @@ from typing import Literal
 
 from vllm_llmd.errors import ConfigError
 
+EnginePolicy = Literal["fcfs", "priority"]
+"""Who goes first: whoever came first, or whose `priority` is least."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
@@ -18,7 +21,7 @@ class Limits:
     offload_blocks: int = 0
     max_sequences: int = 256
     token_budget: int = 8192
-    policy: Literal["fcfs", "priority"] = "fcfs"
+    policy: EnginePolicy = "fcfs"
     run_steps: int = 1
     min_order_tokens: int = 64
 

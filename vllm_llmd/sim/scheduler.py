@@ -14,6 +14,7 @@ from vllm_llmd.sim.offload import OffloadTier
 from vllm_llmd.sim.requests import Counts, Report, SimRequest
 from vllm_llmd.sim.runs import Run
 from vllm_llmd.sim.speeds import Speeds, Work
+from vllm_llmd.sim.turns import MOST_WAITING, Turns
 
 _Turn = tuple[bool, int, float, int]
 
@@ -38,6 +39,7 @@ class Scheduler:
         self.parked: dict[str, SimRequest] = {}
         self._known: dict[str, SimRequest] = {}
         self._waiting: list[tuple[_Turn, SimRequest]] = []
+        self._turns = Turns(limits, self.pool)
         self._reloads: list[tuple[float, int, SimRequest, int]] = []
         self._numbers = itertools.count()
         self._batch: list[tuple[SimRequest, int]] = []
@@ -137,19 +139,29 @@ class Scheduler:
     def _begin(self, now_ms: float, report: Report) -> None:
         self._batch = []
         self._drop_aborted()
-        before = self.counts.preemptions
+        if self.limits.policy == "priority":
+            self._begin_turns()
+        before, had = self.counts.preemptions, len(self._waiting)
         budget = self._continue_running(self.limits.token_budget)
         preempted = self.counts.preemptions > before
         if not preempted:
             budget = self._admit_waiting(budget, now_ms, report)
+        held = bool(self._turns.held)
+        self._turns.end((request for request, _ in self._batch), len(self._waiting) < had)
         if not self._batch:
-            self._poked_ms = now_ms if preempted else None
+            self._poked_ms = now_ms if preempted or held else None
             return
         work = self._work()
         work.requests = len(report.admitted)
-        steps = 1 if preempted or work.prefill_tokens or budget < 1 else self._steps_alike()
+        steps = 1 if preempted or held or work.prefill_tokens or budget < 1 else self._steps_alike()
         first_ms = self.speeds.work_ms(work) * self.slowdown
         self._run = Run(now_ms, first_ms, self.speeds.growth_ms(work.decoding) * self.slowdown, steps)
+
+    def _begin_turns(self) -> None:
+        partial = [request for request in self.running if request.computed < request.prompt_tokens]
+        first = heapq.nsmallest(MOST_WAITING, self._waiting) if partial else []
+        waiting = (request for _, request in first if not request.gone)
+        self._turns.begin(partial, waiting, self.limits.max_sequences - len(self.running))
 
     def _drop_aborted(self) -> None:
         gone = [request for request in self.running if request.gone]
@@ -163,6 +175,9 @@ class Scheduler:
         at = 0
         while at < len(self.running) and budget > 0:
             request = self.running[at]
+            if request in self._turns.held:
+                at += 1
+                continue
             tokens = min(request.total - request.computed, budget)
             if self._grow(request, tokens):
                 self._batch.append((request, tokens))
@@ -193,14 +208,21 @@ class Scheduler:
         return given
 
     def _admit_waiting(self, budget: int, now_ms: float, report: Report) -> int:
+        passed_over = []
         while self._waiting and budget > 0 and len(self.running) < self.limits.max_sequences:
             request = self._waiting[0][-1]
-            if not request.gone:
+            if not request.gone and self._turns.passes_over(request):
+                passed_over.append(self._waiting[0])
+            elif not request.gone:
                 tokens = self._admit(request, budget, now_ms, report)
                 if tokens is None:
                     break
                 budget -= tokens
             heapq.heappop(self._waiting)
+            if len(passed_over) == MOST_WAITING:
+                break
+        for entry in passed_over:
+            heapq.heappush(self._waiting, entry)
         return budget
 
     def _admit(self, request: SimRequest, budget: int, now_ms: float, report: Report) -> int | None:

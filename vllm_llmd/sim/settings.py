@@ -11,7 +11,7 @@ import msgspec
 from vllm_llmd.errors import ConfigError
 from vllm_llmd.names import Role
 from vllm_llmd.sim.failures import Failures, read_failures
-from vllm_llmd.sim.limits import Limits
+from vllm_llmd.sim.limits import EnginePolicy, Limits
 from vllm_llmd.sim.speeds import Speeds
 
 SECRET_VARIABLE = "VLLM_LLMD_SECRET"
@@ -40,7 +40,7 @@ class SimSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     cpu_blocks: int = 0
     max_sequences: int = 256
     token_budget: int = 8192
-    policy: Literal["fcfs", "priority"] = "fcfs"
+    policy: EnginePolicy = "fcfs"
     min_order_tokens: int = 64
     chunk_tokens: int = 1
     step_ms: float = Speeds().step_ms
