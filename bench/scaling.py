@@ -14,8 +14,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import msgspec
-
 from vllm_llmd.names import Role
 from vllm_llmd.router import policies
 from vllm_llmd.router.policy import PolicySettings
@@ -26,7 +24,7 @@ from vllm_llmd.simulate.events import Events
 from vllm_llmd.simulate.member import Member
 from vllm_llmd.simulate.report import is_good
 from vllm_llmd.simulate.routing import Routing
-from vllm_llmd.simulate.settings import WHOLE_RUN, SimulateSettings
+from vllm_llmd.simulate.settings import SimulateSettings
 from vllm_llmd.simulate.simulation import Simulation
 from vllm_llmd.simulate.trace import TraceRequest
 
@@ -70,8 +68,7 @@ class Autoscaled:
         self._events = Events()
         policy = policies.make(args.policy, PolicySettings(settings.min_remote_tokens, random.Random(args.seed)))
         self._routing = Routing(RouterSettings(policy=args.policy), self._events, policy)
-        limits = msgspec.structs.replace(settings.model, chunk_tokens=WHOLE_RUN).limits()
-        speeds = settings.model.speeds()
+        limits, speeds = settings.limits(), settings.model.speeds()
         self._ids = {role: [f"{role}-{n}" for n in range(count)] for role, count in most.items()}
         members = [Member(each, role, limits, speeds) for role, ids in self._ids.items() for each in ids]  # type: ignore[arg-type]
         self._simulation = Simulation(members, self._routing, self._events, settings.heartbeat_ms)

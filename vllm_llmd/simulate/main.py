@@ -25,7 +25,7 @@ from vllm_llmd.simulate.outcomes import Played
 from vllm_llmd.simulate.page import Report, page
 from vllm_llmd.simulate.report import Summary, summary
 from vllm_llmd.simulate.routing import Routing
-from vllm_llmd.simulate.settings import WHOLE_RUN, SimulateSettings
+from vllm_llmd.simulate.settings import SimulateSettings
 from vllm_llmd.simulate.simulation import Follow, Simulation, nothing_follows
 from vllm_llmd.simulate.table import table
 from vllm_llmd.simulate.trace import TraceRequest, read_trace
@@ -110,7 +110,7 @@ def _no_garbage_collection() -> Iterator[None]:
 
 def _played(policy: str, settings: SimulateSettings, requests: Sequence[TraceRequest], follow: Follow) -> Played:
     events = Events()
-    limits = msgspec.structs.replace(settings.model, chunk_tokens=WHOLE_RUN).limits()
+    limits = settings.limits()
     members = [Member(engine, role, limits, settings.model.speeds()) for engine, role in settings.fleet()]
     routing = Routing(settings.router(), events, _policy(policy, settings))
     return Simulation(members, routing, events, settings.heartbeat_ms).run(requests, follow)

@@ -35,6 +35,7 @@ class Member:
             fingerprint=f"{MODEL} {speeds.kv_bytes_per_token}",
             workers=[],
             geometry=Geometry(groups=[GroupShape(limits.block_size, 1)]),
+            priorities=limits.policy == "priority",
             max_sequences=limits.max_sequences,
         )
         self._mirror = Mirror(self.info)

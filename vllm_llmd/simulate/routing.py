@@ -4,6 +4,8 @@ from array import array
 from dataclasses import dataclass, replace
 
 from vllm_llmd.clock import Clock
+from vllm_llmd.names import EngineId
+from vllm_llmd.router import turns
 from vllm_llmd.router.admission import Admission
 from vllm_llmd.router.candidates import Candidates
 from vllm_llmd.router.decide import Decision, decision_of, placed
@@ -95,6 +97,13 @@ class Routing:
         placed(decision, call.facts, planned.candidates, self._policy)
         self.fleet.place(call.id, decision, call.facts, self._no_text)
         return decision
+
+    def priority(self, call: Call, decision: Decision, engine: EngineId) -> int:
+        """What an engine that schedules by priority is told of the request, or of the order that is placed for it."""
+        work_ms = decision.work_ms.get(engine)
+        if work_ms is None:
+            return -call.wish.priority
+        return turns.priority(call.wish.priority, call.came_ms, work_ms, call.wish.ttft_ms)
 
     def _is_saturated(self, engine: Engine) -> bool:
         return self.admission.is_saturated(engine, self._clock.now_ms())

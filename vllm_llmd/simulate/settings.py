@@ -10,6 +10,7 @@ from vllm_llmd.errors import ConfigError
 from vllm_llmd.names import EngineId, Role
 from vllm_llmd.router.settings import RouterSettings
 from vllm_llmd.sim import settings as sim_settings
+from vllm_llmd.sim.limits import EnginePolicy, Limits
 from vllm_llmd.sim.settings import SimSettings
 
 BLOCK_SIZE: Final = 128
@@ -41,7 +42,7 @@ class Slo(msgspec.Struct, frozen=True, kw_only=True):
 class SimulateSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One trace, played once per policy. Of `engines`, `prefill` prefill and the others decode; 0: all do both.
 
-    `model` describes one engine; all are alike.
+    `model` describes one engine, but for its `engine_policy`; all are alike.
     """
 
     trace: str | None = None
@@ -63,6 +64,7 @@ class SimulateSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     send_slo: bool = False
     heartbeat_ms: float = 500.0
     min_remote_tokens: int = 256
+    engine_policy: EnginePolicy = "priority"
     waiting: Place = "router"
     engine_queue: int = ROUTER.engine_queue
     engine_prefill_tokens: int = ROUTER.engine_prefill_tokens
@@ -111,6 +113,10 @@ class SimulateSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
         """Of those of `tight_share`."""
         return Slo(ttft_ms=self.tight_ttft_ms, tpot_ms=self.tight_tpot_ms)
 
+    def limits(self) -> Limits:
+        """Of every engine. Raises ConfigError for settings out of range."""
+        return msgspec.structs.replace(self.model, chunk_tokens=WHOLE_RUN, policy=self.engine_policy).limits()
+
     def router(self) -> RouterSettings:
         """The router of the fleet. Raises ConfigError for settings out of range."""
         heartbeat_ms = max(round(self.heartbeat_ms), 1)
@@ -154,6 +160,7 @@ _FLAGS: Mapping[str, str] = {
     "send_slo": "clients send the router the objectives that their requests have to keep",
     "heartbeat_ms": "how often engines report their load",
     "min_remote_tokens": "uncached prompt tokens from which another engine supplies the KV",
+    "engine_policy": "priority: engines serve by when the router says that a request is due; fcfs: in order of arrival",
     "waiting": "where requests wait while engines have enough to do: in the router, by its rules, or in the engines",
     "engine_queue": "as the router's flag",
     "engine_prefill_tokens": "as the router's flag",
@@ -193,7 +200,7 @@ def from_args(args: argparse.Namespace) -> SimulateSettings:
         settings = msgspec.convert({**values, "model": model}, SimulateSettings)
     except msgspec.ValidationError as error:
         raise ConfigError(str(error)) from None
-    settings.model.limits()
+    settings.limits()
     settings.model.speeds()
     settings.router()
     return settings

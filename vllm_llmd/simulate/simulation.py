@@ -43,11 +43,12 @@ def nothing_follows(number: int, now_ms: float) -> Sequence[TraceRequest]:
 
 @dataclass(slots=True, eq=False)
 class _Asked:
-    """A request at its destination."""
+    """A request at its destination; `source_priority` is that of the order that it may place."""
 
     outcome: Outcome
     decision: Decision
     member: Member
+    source_priority: int
 
 
 @dataclass(slots=True, eq=False)
@@ -128,6 +129,7 @@ class Simulation:
         size = member.info.block_size
         names: list[BlockName] = chain_names(np.concatenate((prompt, request.answer(number))), size).tolist()
         asked = SimRequest(name, request.prompt_tokens, request.output_tokens, names, source=decision.source)
+        asked.priority = self._priority(call, decision, decision.destination)
         outcome.destination, outcome.source = decision.destination, decision.source
         outcome.predicted_cached_tokens = decision.predicted_blocks * size
         try:
@@ -137,8 +139,14 @@ class Simulation:
             self._refuse(number, str(error))
             return
         member.requests += 1
-        self._asked[name] = _Asked(outcome, decision, member)
+        source_priority = self._priority(call, decision, decision.source)
+        self._asked[name] = _Asked(outcome, decision, member, source_priority)
         self._stirred(member)
+
+    def _priority(self, call: Call, decision: Decision, engine: EngineId | None) -> int:
+        if engine is None or not self._by_id[engine].info.priorities:
+            return 0
+        return self._routing.priority(call, decision, engine)
 
     def _refuse(self, number: int, why: str) -> None:
         self._played.outcomes[number].refused = why
@@ -228,7 +236,8 @@ class Simulation:
 
     def _order(self, member: Member, request: SimRequest) -> None:
         """The destination orders what it lacks of the prompt, but the last token, or up to where it is told."""
-        now_ms, decision = self._events.now_ms(), self._asked[request.id].decision
+        now_ms, asked = self._events.now_ms(), self._asked[request.id]
+        decision = asked.decision
         source = self._by_id.get(decision.source or member.id)
         end_token = min(decision.source_until or request.prompt_tokens, request.prompt_tokens - 1)
         if source is None or source is member or end_token <= request.computed:
@@ -236,6 +245,7 @@ class Simulation:
             return
         tokens = order_tokens(end_token, source.info.block_size)
         order = SimRequest(f"{request.id} order", tokens, 1, request.names[: tokens // source.info.block_size])
+        order.priority = asked.source_priority
         transfer = Transfer(now_ms, end_token - request.computed, source.model.limits.token_budget)
         self._orders[order.id] = _Order(member, source, request, transfer, end_token)
         member.orders_placed += 1
