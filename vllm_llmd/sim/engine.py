@@ -257,7 +257,7 @@ class SimEngine:
         body: dict[str, Any] = {"model": stream.ask.model}
         if stream.ask.cache_salt is not None:
             body["cache_salt"] = stream.ask.cache_salt
-        wish = Wish(request.id, stream.prompt, request.computed, stream.ask.kv_transfer_params, body)
+        wish = Wish(request.id, stream.prompt, request.computed, stream.ask.kv_transfer_params, body, request.priority)
         stream.asked_ms = self._now_ms()
         if self.orders.place(wish) is not None:
             self._supplied(request.id, 0)

@@ -39,13 +39,14 @@ class Placed:
 
 @dataclass(frozen=True)
 class Wish:
-    """What a request lacks: the KV of its tokens from `first_token` on."""
+    """What a request lacks: the KV of its tokens from `first_token` on. `priority` is its own."""
 
     request: str
     prompt: Tokens
     first_token: int
     kv_transfer_params: Mapping[str, Any] | None
     body: Mapping[str, Any]
+    priority: int = 0
 
 
 class OrderBook:
@@ -88,6 +89,9 @@ class OrderBook:
         self._placed[order] = Placed(wish.request, wish.first_token, end_token)
         tokens = wish.prompt[: order_tokens(end_token, source.block_size)].tolist()
         body = {**wish.body, "prompt": tokens, "max_tokens": 1, "temperature": 0.0}
+        priority = wish.priority if hinted.priority is None else hinted.priority
+        if source.priorities and priority:
+            body["priority"] = priority
         if self._client is None:
             self._client = OrderClient(None, self._on_result)
         self._client.place(HttpOrder(source.http, self._ticket(order, source, wish, end_token), body))
