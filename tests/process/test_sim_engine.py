@@ -4,7 +4,7 @@ import argparse
 import asyncio
 import json
 import signal
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ import zmq
 import zmq.asyncio
 
 from vllm_llmd.kernels.hash_chain import chain_names
+from vllm_llmd.sim.asks import Ask
+from vllm_llmd.sim.engine import Stream
 from vllm_llmd.sim.main import SimFleet
 from vllm_llmd.sim.settings import add_arguments, from_args
 from vllm_llmd.testing.process import ServerProcess
@@ -272,6 +274,27 @@ async def test_if_its_source_fails_an_engine_computes_the_prompt_itself(routed: 
     assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
     assert await routed.metric(decode, "vllm:llmd_fallbacks_total") == 1
     assert await routed.metric(decode, "vllm:llmd_orders_total") == (failure != "unknown")
+
+
+@pytest.mark.parametrize(("policy", "hinted", "served_by"), [("priority", None, 7), ("priority", 3, 3), ("fcfs", 3, 0)])
+async def test_an_order_has_the_priority_that_is_hinted_or_its_requests_where_the_source_goes_by_it(
+    routed: Site, policy: str, hinted: int | None, served_by: int
+) -> None:
+    await routed.engines("--id", "p", "--role", "prefill", "--policy", policy)
+    [decode] = await routed.engines("--id", "d", "--role", "decode", "--policy", "priority")
+    await routed.ready(2)
+    [source] = routed.fleets[0].engines
+    asked: list[Ask] = []
+
+    def noting(ask: Ask, submit: Callable[[Ask], list[Stream]] = source.submit) -> list[Stream]:
+        asked.append(ask)
+        return submit(ask)
+
+    source.submit = noting  # type: ignore[method-assign]
+    hint = {"engine": "p"} if hinted is None else {"engine": "p", "priority": hinted}
+    body = {"prompt": list(range(4000)), "max_tokens": 4, "priority": 7}
+    await routed.post(decode + COMPLETIONS, body | {"kv_transfer_params": {"llmd": {"sources": [hint]}}})
+    assert [each.priority for each in asked] == [served_by]
 
 
 async def test_an_order_without_the_fleets_secret_is_an_ordinary_request(routed: Site) -> None:

@@ -8,12 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_llmd.names import BlockName, EngineId
-from vllm_llmd.sim.block_pool import BlockPool
 from vllm_llmd.sim.limits import EnginePolicy, Limits
 from vllm_llmd.sim.requests import SimRequest
 from vllm_llmd.sim.scheduler import Scheduler
 from vllm_llmd.sim.speeds import Speeds
-from vllm_llmd.sim.turns import Turns
 
 BLOCK, CHUNK, STEP_MS = 4, 32, 10.0
 FLAT = Speeds(
@@ -143,11 +141,20 @@ def test_who_lacks_what_a_prompt_is_about_to_compute_waits_for_it_and_computes_o
     assert follower.cached_tokens == 64
 
 
+def test_who_is_followed_goes_before_whoever_is_due_later_than_those_that_follow() -> None:
+    at = Bench()
+    at.submit(ask("long", 128, priority=9, shared=64))
+    at.run(5.0)
+    at.submit(ask("follower", 80, priority=1, shared=64), ask("other", 20, priority=5))
+    at.run()
+    assert at.steps[:4] == [{"long": 32}, {"long": 32}, {"follower": 16, "other": 16}, {"other": 4}]
+
+
 def test_a_follower_is_passed_over_by_others_while_the_one_that_it_follows_is_held() -> None:
     at = Bench()
     at.submit(ask("long", 128, priority=9, shared=128))
     at.run(5.0)
-    at.submit(ask("follower", 140, priority=1, shared=128), ask("other", 20, priority=5))
+    at.submit(ask("follower", 140, priority=5, shared=128), ask("other", 20, priority=1))
     at.run()
     assert at.steps[:3] == [{"long": 32}, {"other": 20}, {"long": 32}]
     assert at.given("follower") == 140 - 128
@@ -176,35 +183,27 @@ def test_nobody_is_held_for_one_that_has_no_seat() -> None:
     assert at.steps[:4] == [*[{"long": 32}] * 3, {"short": 32}]
 
 
-def test_nobody_is_held_for_one_that_there_are_no_blocks_for_nor_for_those_behind_it() -> None:
+def test_nobody_is_held_for_one_that_there_are_no_blocks_for() -> None:
     at = Bench(replace(LIMITS, blocks=40))
     at.submit(ask("long", 96, priority=9))
     at.run(5.0)
-    at.submit(ask("large", 150, priority=1), ask("small", 4, priority=2))
+    at.submit(ask("large", 150, priority=1))
     at.run(25.0)
-    assert at.steps == [*[{"long": 32}] * 3]
+    assert at.steps == [{"long": 32}] * 3
 
 
-def test_a_step_that_held_somebody_in_vain_is_followed_by_one_that_holds_nobody() -> None:
-    pool = BlockPool(LIMITS.blocks)
-    turns, partial, waiting = Turns(LIMITS, pool), [ask("long", 96, priority=9)], [ask("short", 8, priority=1)]
-    for admitted, held in ((True, 1), (False, 1), (False, 0), (False, 1)):
-        turns.begin(partial, waiting, seats=1)
-        assert len(turns.held) == held
-        turns.end([], admitted)
-
-
-def test_who_was_held_in_vain_goes_on() -> None:
-    """Whoever decodes takes one of the blocks that were counted on."""
-    at = Bench(replace(LIMITS, blocks=15))
-    at.submit(ask("decodes", 11, priority=-1, output=9))
+def test_who_was_held_in_vain_goes_on_in_the_next_step() -> None:
+    """Those who decode take blocks that were counted on."""
+    at = Bench(replace(LIMITS, blocks=16))
+    at.submit(*(ask(name, 3, priority=-1, output=9) for name in "abcd"))
     at.run(5.0)
-    at.submit(ask("long", 43, priority=9))
+    at.submit(ask("long", 30, priority=9))
     at.run(15.0)
     at.submit(ask("short", 16, priority=1))
     at.run(35.0)
-    assert at.steps[1:] == [{"decodes": 1, "long": 31}, {"decodes": 1}, {"decodes": 1, "long": 12}]
-    assert len(at.run().finished) == 3
+    decode = dict.fromkeys("abcd", 1)
+    assert at.steps[1:] == [{**decode, "long": 28}, decode, {**decode, "long": 2}]
+    assert len(at.run().finished) == 6
 
 
 # --- properties ---------------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from vllm_llmd.router.settings import RouterSettings
 from vllm_llmd.router.slo import NOTHING, Wish
 from vllm_llmd.sim.asks import Ask
 from vllm_llmd.sim.engine import SimEngine
+from vllm_llmd.sim.limits import EnginePolicy
 from vllm_llmd.sim.settings import SimSettings
 from vllm_llmd.simulate import main, traffic
 from vllm_llmd.simulate.events import Events
@@ -132,6 +133,34 @@ def test_a_request_that_can_never_fit_is_refused_and_the_others_are_served() -> 
     played = main.played("round_robin", SETTINGS, requests)
     assert played.outcomes[0].refused is not None and "long enough" in played.outcomes[0].refused
     assert played.outcomes[1].made_tokens == 5
+
+
+LONG, SHORT = TraceRequest(0.0, 16_000, 4, list(range(32))), TraceRequest(30.0, 600, 4, [90, 91])
+"""The one takes eight steps, and the other comes in the first of them."""
+
+
+@pytest.mark.parametrize("prefill", [0, 1], ids=["aggregated", "disaggregated"])
+@pytest.mark.parametrize(
+    ("engine_policy", "policy", "overtakes"),
+    [("priority", "cost", True), ("fcfs", "cost", False), ("priority", "least_requests", False)],
+)
+def test_a_short_prompt_overtakes_a_long_one_if_engines_go_by_when_the_policy_says_that_it_is_due(
+    engine_policy: EnginePolicy, policy: str, overtakes: bool, prefill: int
+) -> None:
+    settings = SimulateSettings(
+        synthetic=1, engines=1 + prefill, prefill=prefill, engine_policy=engine_policy, model=SMALL
+    )
+    long, short = main.played(policy, settings, [LONG, SHORT]).outcomes
+    assert {each.source for each in (long, short)} == {EngineId("prefill-0") if prefill else None}
+    assert long.first_ms is not None and short.first_ms is not None
+    assert (short.first_ms < long.first_ms) == overtakes
+
+
+@pytest.mark.parametrize("wish", [Wish(priority=1), Wish(ttft_ms=10.0)], ids=["priority", "objective"])
+def test_it_does_not_if_the_client_of_the_long_one_is_in_a_hurry(wish: Wish) -> None:
+    settings = SimulateSettings(synthetic=1, engines=1, model=SMALL)
+    long, short = main.played("cost", settings, [replace(LONG, wish=wish), SHORT]).outcomes
+    assert long.first_ms is not None and short.first_ms is not None and long.first_ms < short.first_ms
 
 
 # --- against the online engine ------------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ class Scheduler:
         self.parked: dict[str, SimRequest] = {}
         self._known: dict[str, SimRequest] = {}
         self._waiting: list[tuple[_Turn, SimRequest]] = []
-        self._turns = Turns(limits, self.pool)
+        self._turns = Turns(limits)
         self._reloads: list[tuple[float, int, SimRequest, int]] = []
         self._numbers = itertools.count()
         self._batch: list[tuple[SimRequest, int]] = []
@@ -141,13 +141,12 @@ class Scheduler:
         self._drop_aborted()
         if self.limits.policy == "priority":
             self._begin_turns()
-        before, had = self.counts.preemptions, len(self._waiting)
+        before = self.counts.preemptions
         budget = self._continue_running(self.limits.token_budget)
         preempted = self.counts.preemptions > before
         if not preempted:
             budget = self._admit_waiting(budget, now_ms, report)
         held = bool(self._turns.held)
-        self._turns.end((request for request, _ in self._batch), len(self._waiting) < had)
         if not self._batch:
             self._poked_ms = now_ms if preempted or held else None
             return
@@ -159,9 +158,9 @@ class Scheduler:
 
     def _begin_turns(self) -> None:
         partial = [request for request in self.running if request.computed < request.prompt_tokens]
-        first = heapq.nsmallest(MOST_WAITING, self._waiting) if partial else []
-        waiting = (request for _, request in first if not request.gone)
-        self._turns.begin(partial, waiting, self.limits.max_sequences - len(self.running))
+        seats = self.limits.max_sequences - len(self.running)
+        first = heapq.nsmallest(MOST_WAITING, self._waiting) if partial and seats > 0 else []
+        self._turns.begin(partial, [request for _, request in first if not request.gone], self.pool.free)
 
     def _drop_aborted(self) -> None:
         gone = [request for request in self.running if request.gone]

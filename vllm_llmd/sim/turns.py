@@ -1,73 +1,57 @@
-"""Whose turn it is among prompts that are computed in chunks: who is due later yields to those due earlier. Pure.
+"""Whose turn it is among the prompts of a simulated engine: the connector's rules, on what the model knows. Pure.
 
-By `SimRequest.priority`: less goes first. A prompt that is being computed is held, with its blocks and its seat, while
-one of less is to be computed. Who lacks what a prompt is about to compute waits for that, and holds nobody.
+A prompt that is being computed is held, with its blocks and its seat, while one that is due earlier is to be computed.
+Who would compute the same as one that is held waits for it, while others pass.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Final
 
-from vllm_llmd.sim.block_pool import BlockId, BlockPool
+from vllm_llmd.kv_connector.turns import LOOKED_AT, Prompt, follows
+from vllm_llmd.kv_connector.turns import Turns as Rules
+from vllm_llmd.names import BlockName, RequestId
 from vllm_llmd.sim.limits import Limits
 from vllm_llmd.sim.requests import SimRequest
 
-MOST_WAITING: Final = 8
+MOST_WAITING: Final = LOOKED_AT
 """So many of those that wait are looked at, in their order."""
 
 
 class Turns:
     """Of one engine. `held` get no tokens in the step that has begun."""
 
-    def __init__(self, limits: Limits, pool: BlockPool) -> None:
+    def __init__(self, limits: Limits) -> None:
         self._limits = limits
-        self._pool = pool
-        self._in_vain = False
-        self.held: frozenset[SimRequest] = frozenset()
+        self._rules = Rules()
+        self.held: Sequence[SimRequest] = ()
+        self._held_prompts: list[Prompt] = []
 
-    def begin(self, partial: Sequence[SimRequest], first_waiting: Iterable[SimRequest], seats: int) -> None:
-        """Of `partial`, prompts that are being computed, some are held, unless that was in vain in the last step.
+    def begin(self, partial: Sequence[SimRequest], waiting: Iterable[SimRequest], free_blocks: int) -> None:
+        """Some of `partial`, prompts that are being computed, are held for others.
 
-        `first_waiting` are in order; `seats` are how many of them could be admitted.
+        Of `waiting`, those that there are seats for, in order, only those count that there are blocks for, too.
         """
-        self.held = frozenset()
-        if not partial or self._in_vain:
-            return
-        first = min(each.priority for each in partial)
-        if seats > 0:
-            first = min((first, *(each.priority for each in self._contenders(partial, first_waiting))))
-        self.held = frozenset(each for each in partial if each.priority > first)
+        blocks_of = self._limits.blocks_of
+        free_blocks -= sum(blocks_of(each.total) - len(each.blocks) for each in partial)
+        fit = (each for each in waiting if each.blocks or blocks_of(each.total) <= free_blocks)
+        begun = [self._prompt(each, self._names(each)) for each in partial]
+        held = self._rules.held(begun, [self._prompt(each, self._sought(each)) for each in fit])
+        self.held = [each for each in partial if each.id in held]
+        self._held_prompts = [each for each in begun if each.request in held]
 
     def passes_over(self, request: SimRequest) -> bool:
         """Whether a waiting request waits for one that is held, while others behind it go on."""
-        if not self.held or request.blocks:
+        if not self._held_prompts:
             return False
-        place = len(self._cached(request))
-        return any(self._follows(request, place, each) for each in self.held)
+        prompt = self._prompt(request, self._sought(request))
+        return any(follows(prompt, each) for each in self._held_prompts)
 
-    def end(self, computed: Iterable[SimRequest], admitted: bool) -> None:
-        """`computed` get tokens in the step; `admitted` tells whether anybody is."""
-        goes_on = admitted or any(each.computed < each.prompt_tokens for each in computed)
-        self._in_vain = bool(self.held) and not goes_on
+    def _prompt(self, request: SimRequest, names: Sequence[BlockName]) -> Prompt:
+        return Prompt(RequestId(request.id), request.priority, names, request.computed // self._limits.block_size)
 
-    def _contenders(self, partial: Sequence[SimRequest], waiting: Iterable[SimRequest]) -> Iterator[SimRequest]:
-        """Those due before some of `partial`, for whom there are blocks; nobody passes one for whom there are none."""
-        latest = max(each.priority for each in partial)
-        for request in waiting:
-            if request.priority >= latest:
-                continue
-            hits = [] if request.blocks else self._cached(request)
-            if not request.blocks and any(self._follows(request, len(hits), each) for each in partial):
-                continue
-            needed = self._limits.blocks_of(request.total) - len(request.blocks) - len(hits)
-            if needed > self._pool.free - self._pool.unheld(hits):
-                return
-            yield request
+    def _names(self, request: SimRequest) -> Sequence[BlockName]:
+        return request.names[: request.prompt_tokens // self._limits.block_size]
 
-    def _cached(self, request: SimRequest) -> Sequence[BlockId]:
-        return self._pool.cached(request.names, (request.total - 1) // self._limits.block_size)
-
-    def _follows(self, request: SimRequest, place: int, partial: SimRequest) -> bool:
-        """Whether the block at `place`, which the one lacks, is one that the other is about to compute."""
-        size = self._limits.block_size
-        end = min(partial.prompt_tokens // size, len(partial.names), len(request.names))
-        return partial.computed // size <= place < end and request.names[place] == partial.names[place]
+    def _sought(self, request: SimRequest) -> Sequence[BlockName]:
+        """What it would take from others: one that has blocks already computes what they lack."""
+        return () if request.blocks else self._names(request)
