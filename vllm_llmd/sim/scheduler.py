@@ -157,7 +157,7 @@ class Scheduler:
         self._run = Run(now_ms, first_ms, self.speeds.growth_ms(work.decoding) * self.slowdown, steps)
 
     def _begin_turns(self) -> None:
-        partial = [request for request in self.running if request.computed < request.prompt_tokens]
+        partial = [request for request in self.running if request.computed < request.total - 1]
         seats = self.limits.max_sequences - len(self.running)
         first = heapq.nsmallest(MOST_WAITING, self._waiting) if partial and seats > 0 else []
         self._turns.begin(partial, [request for _, request in first if not request.gone], self.pool.free)
