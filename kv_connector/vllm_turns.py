@@ -23,15 +23,18 @@ class StepView:
         return [each for each in self._scheduler.running if each.num_computed_tokens < each.num_tokens - 1]
 
     def waiting(self, most: int) -> list[Any]:
-        """Those that could run, by the order in which they will: at most so many, and those whose KV has come."""
+        """Those that could run: the first of those that wait, at most so many, and those that were passed over.
+
+        Up to 0.30 vLLM keeps who waits for KV among the latter; from 0.31 on, apart.
+        """
         come = self._scheduler.finished_recving_kv_req_ids
-        parked = [each for each in getattr(self._scheduler, "kv_holding_waiting", ()) if each.request_id in come]
-        first = [
+        apart = ("kv_holding_waiting", "skipped_waiting")
+        passed_over = (each for name in apart for each in getattr(self._scheduler, name, ()))
+        return [
             each
-            for each in itertools.islice(self._scheduler.waiting, most)
+            for each in (*passed_over, *itertools.islice(self._scheduler.waiting, most))
             if each.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED) or each.request_id in come
         ]
-        return parked + first
 
     @property
     def seats(self) -> int:
