@@ -176,9 +176,13 @@ class SchedulerSide:
         held = self._turns.held(
             [self._prompt(each, each.num_computed_tokens) for each in begun], [self._prompt(each, 0) for each in fit]
         )
-        for request in begun:
-            if request.request_id in held:
-                step.hold(request)
+        try:
+            for request in begun:
+                if request.request_id in held:
+                    step.hold(request)
+        except AttributeError:  # turns are over, and nobody must go on waiting for what had been begun
+            self._turns = Turns()
+            raise
         self._counts.prompts_held += len(held)
 
     def _prompt(self, request: Any, computed: int) -> Prompt:
