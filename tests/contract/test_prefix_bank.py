@@ -57,7 +57,6 @@ def test_holders_are_told_name_by_name(make: MakeBank) -> None:
     assert bank.holders(names()).tolist() == []
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(0, 2**64 - 1) | st.just(2**64 - 1), max_size=5))
 def test_depths_of_holders_are_as_far_as_each_goes_without_a_hole(bits: list[int]) -> None:
     holders = np.array(bits, np.uint64)
@@ -190,4 +189,4 @@ class Twins(RuleBasedStateMachine):
 
 
 TestTwins = Twins.TestCase
-TestTwins.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+TestTwins.settings = settings(max_examples=60, stateful_step_count=30)

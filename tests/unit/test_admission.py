@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_llmd.names import EngineId, Epoch
@@ -151,7 +151,6 @@ def test_a_router_that_stops_sends_everyone_away() -> None:
     assert isinstance(event, Shed) and event.reason == "shutting-down" and len(place.core) == 0
 
 
-@settings(deadline=None)
 @given(st.lists(st.sampled_from(["ask", "urgent", "tick", "look a", "look b", "end", "leave", "go on"]), max_size=60))
 def test_nobody_has_two_ends_and_lines_count_who_is_in_them(steps: list[str]) -> None:
     place = Place(saves_ms=400, queue=4)

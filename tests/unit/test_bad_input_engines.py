@@ -68,7 +68,7 @@ def fleet_of(told: list[tuple[EngineInfo, Load, Load, int, int]]) -> Fleet:
     return made
 
 
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(members, prompts, st.sampled_from(NAMES), st.integers(0, 99))
 def test_whatever_engines_say_every_policy_chooses_one_that_is_there(
     told: list[tuple[EngineInfo, Load, Load, int, int]], tokens: int, name: str, seed: int
@@ -90,7 +90,7 @@ def test_whatever_engines_say_every_policy_chooses_one_that_is_there(
     fleet.tick()
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(members)
 def test_what_is_shown_of_such_engines_can_be_read(told: list[tuple[EngineInfo, Load, Load, int, int]]) -> None:
     fleet = fleet_of(told)
@@ -102,7 +102,7 @@ def test_what_is_shown_of_such_engines_can_be_read(told: list[tuple[EngineInfo, 
         assert engine.requests_ahead >= 0 and engine.tokens_ahead >= 0
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(members)
 def test_no_lie_saturates_a_fleet_in_which_nothing_is_in_flight(
     told: list[tuple[EngineInfo, Load, Load, int, int]],
@@ -112,7 +112,7 @@ def test_no_lie_saturates_a_fleet_in_which_nothing_is_in_flight(
     assert has_room(Roster.of(engines, "m"), True, LIMITS, 0.0)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(st.lists(st.tuples(rates, loads, st.integers(0, 2**40), st.integers(0, 2**40)), min_size=1, max_size=5))
 @pytest.mark.parametrize("name", NAMES)
 def test_no_policy_raises_for_columns_that_make_no_sense(name: str, rows: list[tuple[Rates, Load, int, int]]) -> None:

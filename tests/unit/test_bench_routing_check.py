@@ -6,7 +6,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_llmd.errors import LlmdError
@@ -92,7 +92,6 @@ def test_too_few_probes_are_an_error() -> None:
             fitted(probes, STEP_TOKENS, 46_080)
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(st.floats(0.1, 100.0), st.floats(1.0, 1000.0)), min_size=3, max_size=12))
 def test_no_coefficient_is_ever_negative(points: list[tuple[float, float]]) -> None:
     found = least_squares([[1.0] * len(points), [x for x, _ in points]], [y for _, y in points])

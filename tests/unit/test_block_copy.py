@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_llmd.errors import ConfigError
@@ -88,7 +88,6 @@ def touched(offsets: Offsets, grid: Grid, of: Strides) -> list[int]:
 # --- what a copy is ---------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None)
 @given(cases())
 def test_the_reference_copies_byte_for_byte_and_touches_nothing_else(case: Case) -> None:
     source, destination = case.memories()
@@ -99,7 +98,6 @@ def test_the_reference_copies_byte_for_byte_and_touches_nothing_else(case: Case)
     assert np.array_equal(destination, expected)
 
 
-@settings(deadline=None)
 @given(cases())
 def test_numba_copies_as_the_reference_does(case: Case) -> None:
     source, expected = case.memories()
@@ -110,7 +108,6 @@ def test_numba_copies_as_the_reference_does(case: Case) -> None:
 
 
 @pytest.mark.parametrize("copy", COPIES.values(), ids=COPIES)
-@settings(deadline=None)
 @given(cases())
 def test_a_gather_that_is_scattered_back_changes_nothing(copy: Copy, case: Case) -> None:
     source, destination = case.memories()

@@ -113,7 +113,7 @@ def test_numba_packs_and_unpacks_every_number_to_the_bits_of_the_reference(dtype
 
 @BOTH
 @EVERY_DTYPE
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(seed=st.integers(0, 2**32 - 1), exponent=st.integers(-140, 120), spread=st.integers(0, 30))
 def test_the_error_is_within_its_bound(
     made: Implementation, dtype: Float, seed: int, exponent: int, spread: int

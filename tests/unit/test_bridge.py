@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_llmd.errors import ConfigError
@@ -78,7 +78,6 @@ def filled(layout: str, heads: int, tokens: int, order: Order) -> Cache:
     return made
 
 
-@settings(deadline=None)
 @given(
     here=st.sampled_from(LAYOUTS),
     there=st.sampled_from(LAYOUTS),

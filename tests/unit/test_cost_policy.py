@@ -7,7 +7,7 @@ from dataclasses import astuple, dataclass, fields, replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_llmd.names import EngineId, Epoch, Role
@@ -380,7 +380,6 @@ def pair_ms(
     return prefilled, fetched
 
 
-@settings(deadline=None)
 @given(st.lists(rows, min_size=1, max_size=20), st.integers(1, 6000))
 def test_no_plan_is_cheaper_than_the_one_chosen(fleet: list[Row], tokens: int) -> None:
     decision = choose(tokens, *fleet)

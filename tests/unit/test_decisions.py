@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_llmd.names import EngineId, Epoch, Role
@@ -135,7 +135,6 @@ NOBODY = made(fleet_of())
 SOMEBODY = made(fleet_of("a"))
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(0, 5000)), st.integers(0, 6), st.integers(0, 20_000))
 def test_neither_number_nor_bytes_are_exceeded_and_only_the_oldest_go(
     sizes: list[int], most: int, most_bytes: int
@@ -265,7 +264,6 @@ def test_the_summary_tells_the_choice_and_the_cheapest() -> None:
     assert prices == sorted(prices) and summary["total_ms"] == pytest.approx(sum(summary["terms"].values()), abs=0.1)
 
 
-@settings(deadline=None)
 @given(st.lists(st.text(min_size=1, max_size=900), min_size=1, max_size=40, unique=True), st.floats())
 def test_the_summary_is_short_and_can_be_sent_whatever_engines_are_called(names: list[str], price: float) -> None:
     engines = [EngineId(name) for name in names]

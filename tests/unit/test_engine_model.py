@@ -207,7 +207,6 @@ some = st.floats(0, 1e5)
 odd = st.one_of(st.floats(), st.sampled_from([0.0, -1.0, 1e300, 1e-300, math.nan, math.inf, 5.0]))
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(odd, odd, odd, some, some, some, st.integers(0, 10**12)), max_size=60))
 def test_whatever_is_measured_rates_are_positive_numbers_near_the_priors(
     measured: list[tuple[float, float, float, float, float, float, int]],
@@ -224,7 +223,7 @@ def test_whatever_is_measured_rates_are_positive_numbers_near_the_priors(
     assert 0 <= models.rates(B).cold_ms < math.inf and 0 < models.output_tokens <= 1e6 and 0 <= models.reuse <= 1
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.integers(0, 2**32), st.sampled_from([0.1, 1.0, 3.0]))
 def test_of_noise_nothing_is_believed_that_is_worse_than_the_prior(seed: int, noise: float) -> None:
     """Measured in hindsight, as the choice between models is made."""

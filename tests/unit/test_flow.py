@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from itertools import combinations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_llmd.router.flow import (
@@ -164,7 +164,6 @@ events = st.lists(
 )  # fmt: skip
 
 
-@settings(deadline=None)
 @given(events, st.integers(0, 6), st.integers(0, 100))
 def test_nobody_is_lost_or_doubled_and_order_and_bounds_hold(
     happens: list[Item | tuple[Pool, ...] | Move | float | int], requests: int, size_bytes: int
@@ -191,7 +190,6 @@ def test_nobody_is_lost_or_doubled_and_order_and_bounds_hold(
     assert not watched.waiting
 
 
-@settings(deadline=None)
 @given(
     st.lists(st.tuples(st.integers(0, 3), st.integers(1, 5000)), min_size=40, max_size=120),
     st.tuples(*[st.sampled_from([0.25, 1.0, 4.0])] * 4),

@@ -223,7 +223,7 @@ events = st.lists(
 )
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(
     prompts=st.lists(st.tuples(params, st.sampled_from([100, 100, 99, 64, 1])), min_size=1, max_size=4),
     tp=st.sampled_from([1, 2]),
@@ -408,7 +408,7 @@ def check_order(order: HttpOrder, planned: PlannedOrder, tokens: int) -> None:
     assert {wanted.local(cell)[0] for cell in wanted.cells} == set(wanted.blocks)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(
     raw=st.fixed_dictionaries({"llmd": hints}) | st.fixed_dictionaries({"llmd": anything}) | anything,
     tokens=st.sampled_from([100, 97, 64, 1]),

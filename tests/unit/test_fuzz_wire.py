@@ -79,7 +79,7 @@ def refused_or(decode: Decode, frame: bytes) -> Any:
 
 @both_ends
 def test_a_frame_with_other_values_is_decoded_or_refused(decode: Decode, samples: list[wire.Message]) -> None:
-    @settings(deadline=None, max_examples=400)
+    @settings(max_examples=400)
     @given(st.data(), st.sampled_from(samples), st.integers(1, 3))
     def holds(data: st.DataObject, sample: wire.Message, times: int) -> None:
         tree = msgspec.msgpack.decode(wire.encode(sample)[2:])
@@ -94,7 +94,7 @@ def test_a_frame_with_other_values_is_decoded_or_refused(decode: Decode, samples
 
 @both_ends
 def test_a_frame_with_other_bytes_is_decoded_or_refused(decode: Decode, samples: list[wire.Message]) -> None:
-    @settings(deadline=None, max_examples=400)
+    @settings(max_examples=400)
     @given(st.data(), st.sampled_from(samples))
     def holds(data: st.DataObject, sample: wire.Message) -> None:
         frame = bytearray(wire.encode(sample))
@@ -162,7 +162,6 @@ def test_decoding_takes_memory_in_proportion_to_the_frame(body: bytes) -> None:
         assert peak < 64 * len(frame) + 65_536
 
 
-@settings(deadline=None)
 @given(st.binary(max_size=100))
 def test_packed_names_of_any_bytes_are_unpacked_or_refused(packed: bytes) -> None:
     try:

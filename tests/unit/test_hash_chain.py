@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_llmd.kernels import hash_chain, hash_chain_cpu
@@ -16,7 +16,6 @@ VECTORS = Path(__file__).parents[2] / "docs" / "block-names.md"
 seeds = st.integers(0, 2**64 - 1)
 
 
-@settings(deadline=None)
 @given(data=st.binary(max_size=200), seed=seeds)
 def test_both_implementations_hash_alike(data: bytes, seed: int) -> None:
     assert hash_chain.xxh64(data, seed) == hash_chain_cpu.xxh64(data, seed)
@@ -34,7 +33,6 @@ def test_the_hash_is_the_one_that_others_call_xxh64(data: bytes, seed: int, expe
     assert hash_chain.xxh64(data, seed) == expected
 
 
-@settings(deadline=None)
 @given(
     tokens=st.lists(st.integers(0, 2**32 - 1), max_size=70),
     block_size=st.integers(1, 20),
@@ -49,7 +47,6 @@ def test_both_implementations_name_alike(tokens: list[int], block_size: int, sal
         assert hash_chain_cpu.chain_names(np.array(tokens, np.uint32), block_size).tolist() == compiled.tolist()
 
 
-@settings(deadline=None)
 @given(text=st.binary(max_size=300), piece_bytes=st.integers(1, 70), root=seeds)
 def test_both_implementations_name_pieces_of_text_alike(text: bytes, piece_bytes: int, root: int) -> None:
     pieces = hash_chain.piece_names(text, piece_bytes, root)

@@ -23,7 +23,7 @@ pieces = st.sampled_from(
 )  # fmt: skip
 
 
-@settings(deadline=None, max_examples=500)
+@settings(max_examples=500)
 @given(st.lists(pieces, max_size=25).map(b"".join))
 def test_the_compiled_kernel_does_what_the_plain_one_does_with_any_bytes(raw: bytes) -> None:
     assert json_strings_cpu.hollow(raw, STEM, LEAST) == json_strings.hollow(raw, STEM, LEAST)
@@ -46,7 +46,7 @@ bodies = st.fixed_dictionaries(
 )
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(bodies)
 def test_facts_are_those_of_the_whole_body_where_it_is_spelled_as_most_spell_it(body: dict[str, Any]) -> None:
     raw = json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()

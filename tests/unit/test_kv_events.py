@@ -6,7 +6,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_llmd.errors import MalformedMessageError
@@ -288,7 +288,6 @@ PAYLOADS = st.lists(EVENTS, max_size=5).map(lambda events: payload(*events)) | s
 
 
 @given(st.lists(st.lists(PAYLOADS, max_size=6), max_size=5))
-@settings(deadline=None)
 def test_both_followers_come_to_hold_the_same(batches: list[list[bytes]]) -> None:
     fast, plain = Follower(), PlainFollower()
     held: dict[str, set[int]] = {"fast": set(), "plain": set()}
@@ -305,7 +304,6 @@ def test_both_followers_come_to_hold_the_same(batches: list[list[bytes]]) -> Non
 
 
 @given(st.binary(max_size=200), st.integers(0, 200), EVENTS)
-@settings(deadline=None)
 def test_bytes_that_were_damaged_do_the_same_to_both(noise: bytes, at: int, event: Any) -> None:
     good = payload(event, STORED["vLLM 0.32, a map"])
     damaged = good[:at] + noise + good[at + len(noise) :]

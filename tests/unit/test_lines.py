@@ -240,7 +240,7 @@ def test_without_a_queue_nobody_is_held() -> None:
     run(story)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.integers(0, 2**32))
 def test_whoever_stays_is_served_once_whatever_they_want_and_whoever_leaves(seed: int) -> None:
     async def story() -> None:

@@ -514,4 +514,4 @@ class EnginesThatOrder(RuleBasedStateMachine):
 
 
 TestEnginesThatOrder = EnginesThatOrder.TestCase
-TestEnginesThatOrder.settings = settings(max_examples=400, stateful_step_count=50, deadline=None)
+TestEnginesThatOrder.settings = settings(max_examples=400, stateful_step_count=50)

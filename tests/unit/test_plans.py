@@ -119,7 +119,6 @@ def plan_of(choice: Choice) -> Plan:
     return Plan(PREFILLED if choice.until is None else FETCHED, choice.destination, choice.source)
 
 
-@settings(deadline=None)
 @given(fleets)
 def test_no_pair_is_cheaper_than_with_one_that_is_as_good_as_the_best_in_everything(fleet: Fleet) -> None:
     question = asked(replace(fleet, odd=0.0))
@@ -139,7 +138,7 @@ SEARCH = plans_cpu.Search()
 """One for all, as in a router: what it found last must not matter."""
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(fleets)
 @pytest.mark.filterwarnings("ignore:invalid value", "ignore:overflow")
 def test_the_search_finds_a_plan_than_which_none_is_cheaper(fleet: Fleet) -> None:
@@ -153,7 +152,6 @@ def test_the_search_finds_a_plan_than_which_none_is_cheaper(fleet: Fleet) -> Non
     assert found == pytest.approx(least, rel=1e-9, abs=1e-9)
 
 
-@settings(deadline=None)
 @given(fleets)
 @pytest.mark.filterwarnings("ignore:invalid value", "ignore:overflow")
 def test_the_terms_of_what_is_found_are_those_of_the_plain_formulas(fleet: Fleet) -> None:
@@ -185,7 +183,6 @@ def test_among_more_engines_than_can_all_be_paired_one_is_found_that_is_as_good(
     assert choice is not None and prices[plan_of(choice)] == pytest.approx(min(prices.values()), rel=1e-3)
 
 
-@settings(deadline=None)
 @given(fleets)
 @pytest.mark.filterwarnings("ignore:invalid value", "ignore:overflow")
 def test_without_an_objective_nothing_can_be_in_vain(fleet: Fleet) -> None:

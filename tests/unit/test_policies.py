@@ -5,7 +5,7 @@ from collections import Counter
 from importlib.metadata import EntryPoint
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_llmd.errors import ConfigError
@@ -101,7 +101,6 @@ loads = st.builds(
 fleets = st.lists(st.tuples(st.sampled_from(["prefill", "decode", "both"]), loads, st.sampled_from("fg")), min_size=1)
 
 
-@settings(deadline=None)
 @given(fleets, st.integers(0, 9000), st.sampled_from(NAMES))
 def test_a_policy_names_engines_that_may_do_what_they_are_to_do(
     fleet: list[tuple[Role, Load, str]], characters: int, name: str

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_llmd.names import EngineId, Epoch, Role
@@ -247,7 +247,6 @@ class World:
         self.leaves(request)
 
 
-@settings(deadline=None)
 @given(STEPS)
 def test_nobody_is_lost_given_up_too_often_or_overtaken_by_its_equals(steps: list[tuple[str, int]]) -> None:
     world, came = World(), 0

@@ -118,7 +118,7 @@ def test_a_decision_comes_back_as_it_was() -> None:
 loads = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 500), st.floats(0.001, 9)), max_size=4)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.lists(st.tuples(st.sets(st.integers(0, 4)), loads, st.lists(st.integers(0, 50), max_size=5)), max_size=12))
 def test_any_sequence_of_decisions_comes_back(
     steps: list[tuple[set[int], list[tuple[int, int, float]], list[int]]],
@@ -195,7 +195,6 @@ def test_a_request_that_nobody_could_take_is_recorded() -> None:
 WHOLE = written(*(made(number, Roster.of([engine("a"), engine("b")], "m")) for number in range(3)))
 
 
-@settings(deadline=None)
 @given(st.integers(recording.HEAD_BYTES, len(WHOLE) - 1))
 def test_a_file_that_is_cut_loses_no_whole_record(size: int) -> None:
     reader = Reader(io.BytesIO(WHOLE[:size]), "file")
@@ -228,7 +227,6 @@ def test_a_message_of_a_later_release_is_passed_over() -> None:
     assert reader.unknown == 1
 
 
-@settings(deadline=None)
 @given(st.integers(recording.HEAD_BYTES, len(WHOLE) - 1), st.integers(0, 255))
 def test_a_damaged_file_is_read_as_far_as_possible_and_never_raises(at: int, byte: int) -> None:
     content = bytearray(WHOLE)
@@ -236,7 +234,6 @@ def test_a_damaged_file_is_read_as_far_as_possible_and_never_raises(at: int, byt
     assert len(decisions_in(bytes(content))) <= 3
 
 
-@settings(deadline=None)
 @given(st.binary(max_size=400))
 def test_rubbish_after_the_head_never_raises(rubbish: bytes) -> None:
     read(recording.HEAD + rubbish)

@@ -193,7 +193,7 @@ def test_errors_are_numbers_whatever_was_measured(pairs: list[tuple[float, float
     assert found is None or 0 <= found.error_p50 <= found.error_p90
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.integers(0, 3), st.sampled_from([None, 0, 1, 2, 3]), st.sampled_from([None, 16, 4096]))
 def test_any_plan_has_a_price(destination: int, source: int | None, until: int | None) -> None:
     run = Run("random", ("prefill", "decode", "both", "both"))

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 import msgspec
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_llmd.names import EngineId, Epoch, Role
@@ -156,7 +156,6 @@ fleets = st.lists(
 )
 
 
-@settings(deadline=None)
 @given(fleets, st.integers(0, 2000))
 def test_a_source_is_always_a_prefill_engine_other_than_the_destination_and_of_its_kind(
     fleet: list[Candidate], tokens: int

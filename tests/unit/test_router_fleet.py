@@ -124,7 +124,7 @@ STEPS = [
 ]
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(st.integers(0, 2**64).map(random.Random), st.sampled_from([0, 1, 2, 4]))
 def test_whatever_the_network_did_the_index_ends_up_exact(rng: random.Random, names_per_change: int) -> None:
     net, parts = Wire(), mirror.NAMES_PER_PART

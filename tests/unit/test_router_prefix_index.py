@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_llmd.kernels.hash_chain import Names
@@ -22,7 +22,6 @@ def of(some: list[int]) -> Names:
     return np.array(some, np.uint64)
 
 
-@settings(deadline=None)
 @given(st.lists(operations), names)
 def test_the_index_answers_as_a_plain_set_per_engine_and_tier_would(
     history: list[tuple[str, EngineId, Tier, list[int], list[int]]], prompt: list[int]

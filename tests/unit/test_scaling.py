@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_llmd.router.scaling import MOST, PLACED_AMONG, Ability, Demand, Goal, desired, misses, waiting
@@ -13,7 +13,7 @@ from vllm_llmd.router.scaling import MOST, PLACED_AMONG, Ability, Demand, Goal, 
 ONE = Ability(step_ms=10.0, step_running_ms=0.5, kv_tokens=100_000.0, sequences=256.0)
 GOAL = Goal(missing=0.1, horizon_ms=120_000.0, least=1, most=1000)
 
-QUIETLY = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+QUIETLY = settings(max_examples=60)
 
 sizes = st.floats(0.0, 1e6)
 paces = st.floats(0.0, 10.0)

@@ -279,7 +279,7 @@ def replay(drawn: list[tuple[int, int, float, int, int]], limits: Limits) -> Ben
     return at.run()
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(REQUESTS, st.sampled_from(["fcfs", "priority"]), st.integers(23, 64), st.integers(1, 5))
 def test_everyone_finishes_and_no_block_is_lost(
     drawn: list[tuple[int, int, float, int, int]], policy: str, blocks: int, sequences: int
@@ -292,7 +292,7 @@ def test_everyone_finishes_and_no_block_is_lost(
     assert all(at.first_ms[each] <= at.done_ms[each] for each in at.done_ms)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(REQUESTS)
 def test_runs_of_steps_end_as_single_steps_do(drawn: list[tuple[int, int, float, int, int]]) -> None:
     """With room for everybody: a waiting request is looked at again only when a run ends."""

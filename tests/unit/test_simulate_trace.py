@@ -3,7 +3,7 @@
 import random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_llmd.errors import ConfigError
@@ -55,7 +55,6 @@ prompts = st.lists(st.integers(0, 3), min_size=1, max_size=4).flatmap(
 )
 
 
-@settings(deadline=None)
 @given(prompts, prompts, st.sampled_from([16, 128, 512]))
 def test_block_names_are_equal_exactly_where_hash_ids_are(
     one: tuple[list[int], int], other: tuple[list[int], int], size: int

@@ -39,7 +39,7 @@ steps = st.lists(
 )
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(steps, st.sampled_from([(1, 1), (3, 2), (10, 4), (40, 9), (1000, 1000)]))
 def test_the_compiled_table_does_what_the_plain_one_does_at_any_size_and_with_any_names(
     story: list[tuple[str, bytes, object]], size: tuple[int, int]

@@ -77,7 +77,7 @@ words = st.sampled_from([*SPECIALS, " ", "  ", "the", " cache of", "\n", "é", "
 ).filter(lambda text: text.isprintable())
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(st.lists(words, max_size=20).map("".join), st.sampled_from(KINDS), st.booleans())
 def test_a_text_has_the_tokens_that_the_tokenizer_itself_gives_it(
     sides: dict[str, tuple[ModelTokenizer, Any]], text: str, kind: str, framed: bool

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_llmd.names import EngineId, Epoch, Role
@@ -304,7 +304,7 @@ def test_an_engine_that_drains_is_none_that_there_is() -> None:
 numbers = st.one_of(st.integers(-5, 10**30), st.just(0))
 
 
-@settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=50)
 @given(st.lists(st.tuples(st.integers(0, 10**7), numbers, numbers, st.floats(allow_nan=True)), max_size=20))
 def test_whatever_engines_say_what_is_wanted_stays_a_number(told: list[tuple[int, int, int, float]]) -> None:
     site = Site()
