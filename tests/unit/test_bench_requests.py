@@ -13,6 +13,7 @@ from aiohttp.test_utils import TestServer
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "bench"))
 
+import pd_requests
 from pd_block import counter
 from pd_requests import Alone, BenchError, Client, Ordered, Prompts, Pulled, Pushed, Route
 
@@ -27,38 +28,56 @@ RETURNED = {
     "remote_port": 1,
     "tp_size": 1,
 }
-PREFILL_MS, DECODE_MS = 50, 30
+PREFILL_MS, DECODE_MS, REST_MS = 50, 30, 200
 
 
 class Engines:
-    """Remembers what it was sent; a prefill takes 50 ms, the first token of a stream 30."""
+    """Remembers what it was sent; a prefill takes 50 ms, the first token of a stream 30, its end 200 more.
+
+    Its time is made up, and stands still until the client has looked at it `looks_before_the_end` times. `together`
+    streams are answered at once.
+    """
 
     def __init__(self) -> None:
         self.heard: list[tuple[str, dict[str, Any]]] = []
         self.returned: dict[str, Any] | None = RETURNED
         self.stream = [{"choices": [{"text": "a"}]}]
         self.status = 200
+        self.together = asyncio.Barrier(1)
+        self.now_ms = self.looks = self.looks_before_the_end = 0
+        self.looked_enough = asyncio.Event()
+
+    def perf_counter(self) -> float:
+        self.looks += 1
+        if self.looks >= self.looks_before_the_end:
+            self.looked_enough.set()
+        return self.now_ms / 1000
 
     async def answer(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
         self.heard.append((request.headers["X-Request-Id"], body))
         if not body.get("stream"):
-            await asyncio.sleep(PREFILL_MS / 1000)
+            self.now_ms += PREFILL_MS
             answer = {"choices": [{"token_ids": [7, 8]}], "kv_transfer_params": self.returned}
             return web.json_response(answer, status=self.status)
         response = web.StreamResponse()
         await response.prepare(request)
-        await asyncio.sleep(DECODE_MS / 1000)
+        if await self.together.wait() == 0:
+            self.now_ms += DECODE_MS
+        await self.together.wait()
         for event in self.stream:
             await response.write(f"data: {json.dumps(event)}\n\n".encode())
-        await asyncio.sleep(0.2)
+        await self.looked_enough.wait()
+        self.now_ms += REST_MS
         await response.write(b"data: [DONE]\n\n")
         return response
 
 
 @pytest.fixture
-async def engines() -> AsyncIterator[Engines]:
-    yield Engines()
+async def engines(monkeypatch: pytest.MonkeyPatch) -> Engines:
+    engines = Engines()
+    monkeypatch.setattr(pd_requests, "time", engines)
+    return engines
 
 
 @pytest.fixture
@@ -116,12 +135,13 @@ async def test_a_push_tells_the_decode_engine_whom_to_ask_and_no_blocks(
     assert decode["kv_transfer_params"] == {key: RETURNED[key] for key in RETURNED if key != "remote_block_ids"}
 
 
-@pytest.mark.parametrize(("proxied", "at_least_ms"), [(False, DECODE_MS), (True, PREFILL_MS + DECODE_MS)])
+@pytest.mark.parametrize(("proxied", "took_ms"), [(False, DECODE_MS), (True, PREFILL_MS + DECODE_MS)])
 async def test_time_runs_from_sending_to_the_first_token(
-    http: str, client: Client, proxied: bool, at_least_ms: float
+    engines: Engines, http: str, client: Client, proxied: bool, took_ms: float
 ) -> None:
+    engines.looks_before_the_end = 2
     route: Route = Pulled(http, http) if proxied else Alone(http)
-    assert at_least_ms <= await client.ttft_ms(route, PROMPT) < at_least_ms + 150
+    assert await client.ttft_ms(route, PROMPT) == pytest.approx(took_ms)
 
 
 async def test_events_without_choices_are_no_tokens(engines: Engines, http: str, client: Client) -> None:
@@ -131,9 +151,10 @@ async def test_events_without_choices_are_no_tokens(engines: Engines, http: str,
 
 
 async def test_requests_at_once_count_by_their_mean(engines: Engines, http: str, client: Client) -> None:
+    engines.together, engines.looks_before_the_end = asyncio.Barrier(8), 16
     mean_ms = await client.mean_ttft_ms(Alone(http), [PROMPT] * 8)
     assert len(engines.heard) == 8
-    assert DECODE_MS <= mean_ms < 8 * DECODE_MS
+    assert mean_ms == pytest.approx(DECODE_MS)
 
 
 async def test_an_error_in_a_stream_is_told(engines: Engines, http: str, client: Client) -> None:

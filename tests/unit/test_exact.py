@@ -25,7 +25,7 @@ FACTS = read_facts("completion", BODY)
 class Site:
     """Exact mode with a tokenizer that does as told."""
 
-    def __init__(self, tokenize: Any, wait_ms: int = 10_000) -> None:
+    def __init__(self, tokenize: Any, wait_ms: int = 60_000) -> None:
         settings = RouterSettings(tokenizer_wait_ms=wait_ms)
         self.fleet = Fleet(settings, FakeClock(), "r")
         self.metrics = Metrics(self.fleet)

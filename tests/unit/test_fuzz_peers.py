@@ -118,7 +118,7 @@ cells = st.lists(
 )
 
 
-@settings(deadline=None, max_examples=600)
+@settings(max_examples=600)
 @given(data=st.data(), ours=st.sampled_from([16, 32]), theirs=st.sampled_from([16, 32]), heads=slices, wanted=cells)
 def test_whatever_a_rank_says_of_its_cache_only_the_blocks_asked_for_are_written(
     data: st.DataObject, ours: int, theirs: int, heads: HeadSlice | None, wanted: list[CellCopy]
@@ -219,7 +219,7 @@ class Reading:
         self.do(self.exchange.tick(self.now_ms))
 
 
-@settings(deadline=None, max_examples=400)
+@settings(max_examples=400)
 @given(sizes=st.sampled_from([(16, 16), (32, 16), (16, 32)]), early=st.integers(0, 3), events=story)
 def test_whatever_is_announced_an_order_ends_once_and_reads_only_what_it_asked_for(
     sizes: tuple[int, int], early: int, events: list[tuple[str, int, PeerMessage]]
@@ -290,7 +290,7 @@ def liar() -> Iterator[tuple[SourceEndpoint, Callable[[Sequence[bytes]], None]]]
         port = socket.bind_to_random_port("tcp://127.0.0.1")
 
         def answer(frames: Sequence[bytes]) -> None:
-            assert socket.poll(10_000)
+            assert socket.poll(60_000)
             identity, _ = socket.recv_multipart()
             for frame in frames:
                 socket.send_multipart([identity, frame])
@@ -339,7 +339,7 @@ def test_a_rank_that_lies_fails_its_own_orders_and_nothing_else(frames: list[byt
         io.submit([Load((Expect(endpoint, Epoch(1), 0, spec),))])
         answer(frames)
         outcome = None
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while outcome is None:
             assert time.monotonic() < deadline
             io.wait(50)
@@ -358,6 +358,6 @@ def test_a_caller_that_lies_is_refused_and_the_rank_goes_on() -> None:
         socket.connect(io.endpoint)
         for frame in (b"", b"\x01", bytes(64), ANNOUNCE, greeting()):
             socket.send(frame)
-            assert socket.poll(10_000)
+            assert socket.poll(60_000)
             assert isinstance(decode_peer(socket.recv()), Refused)
         io.check()

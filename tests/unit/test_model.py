@@ -112,6 +112,6 @@ def test_a_chat_has_a_template(tokenizer: Any) -> None:
 
 def test_it_runs_as_a_module(tiny: Path) -> None:
     command = [sys.executable, "-P", "-m", "vllm_llmd.model", str(tiny), "--kind", "tiny"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     assert "there already" in done.stdout

@@ -41,7 +41,7 @@ def run_without(blocked: set[str], code: str) -> subprocess.CompletedProcess[str
         [sys.executable, "-P", "-c", BLOCKER.format(blocked=blocked) + code],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
         check=False,
     )
 
@@ -58,7 +58,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, checkout)
     command = [sys.executable, "-P", "-m", "build", "--no-isolation", "--outdir", str(home), str(checkout)]
-    built = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    built = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert built.returncode == 0, built.stdout + built.stderr
     (path,) = home.glob("*.whl")
     return zipfile.ZipFile(path)

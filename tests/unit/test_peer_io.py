@@ -1,5 +1,6 @@
 """Two worker ranks over real ZeroMQ sockets, with the shipped fake for the bytes."""
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -21,11 +22,18 @@ from vllm_llmd.kv_connector.report import WorkerReport
 from vllm_llmd.kv_connector.seal import Seal
 from vllm_llmd.kv_connector.staging import HostStaging
 from vllm_llmd.kv_connector.steps import Fail, Load, PlannedRange, Reader, Ready, Withdraw
+from vllm_llmd.kv_connector.transport import ReadPlan
 from vllm_llmd.names import EngineId, Epoch, OrderId, RequestId
 from vllm_llmd.testing.transport import FakeTransport
 from vllm_llmd.wire import Announce, EngineInfo, Geometry, Members, Refused, Renew, Strip, decode_peer, encode
 
-BLOCKS, BLOCK_BYTES, LEASE_MS = 8, 64, 400
+BLOCKS, BLOCK_BYTES = 8, 64
+LONG_MS = 120_000
+"""A lease that nobody outlives, however slow the machine."""
+SHORT_MS = 400
+
+SCRATCH = 64
+DEADLINE_S = 60.0
 
 
 @dataclass
@@ -48,8 +56,20 @@ class Rank:
         self.io = PeerIo(settings, CacheAccess(self.transport, regions, HostStaging, lambda: None), MonotonicClock())
         self.io.start()
 
+    def hold(self, plan_bytes: int) -> threading.Event:
+        """Reads of more bytes do not end; the first of them sets the event."""
+        held = threading.Event()
+
+        def holds(plan: ReadPlan) -> bool:
+            if plan.bytes > plan_bytes:
+                held.set()
+            return plan.bytes > plan_bytes
+
+        self.transport.hold = holds
+        return held
+
     def until(self, what: Callable[[WorkerReport], bool]) -> WorkerReport:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + DEADLINE_S
         while not what(self.seen):
             assert time.monotonic() < deadline, f"{self.name} saw only {self.seen}"
             self.io.wait(50)
@@ -70,9 +90,11 @@ def ranks() -> Iterator[Callable[..., Rank]]:
         rank.io.close()
 
 
-def load(source: Rank, order: str = "o", blocks: tuple[int, ...] = (1, 2, 3), epoch: int = 1) -> Load:
+def load(
+    source: Rank, order: str = "o", blocks: tuple[int, ...] = (1, 2, 3), epoch: int = 1, lease_ms: int = LONG_MS
+) -> Load:
     wanted = Wanted(0, 1, 32, 32, 0, 32 * len(blocks), 0, blocks)
-    spec = OrderSpec(OrderId(order), RequestId(f"r-{order}"), (wanted,), LEASE_MS)
+    spec = OrderSpec(OrderId(order), RequestId(f"r-{order}"), (wanted,), lease_ms)
     return Load((Expect(SourceEndpoint(source.io.endpoint), Epoch(epoch), 0, spec),))
 
 
@@ -80,9 +102,18 @@ def reader(rank: Rank) -> Reader:
     return Reader(rank.caller.engine, rank.caller.epoch, 1)
 
 
-def ready(to: Rank, seq: int, first: int, blocks: list[int], last: bool, order: str = "o") -> Ready:
+def ready(
+    to: Rank, seq: int, first: int, blocks: list[int], last: bool, order: str = "o", lease_ms: int = LONG_MS
+) -> Ready:
     message = Announce(OrderId(order), seq, [Strip(0, first, blocks)], last)
-    return Ready((PlannedRange(reader(to), message, LEASE_MS),), lambda: True)
+    return Ready((PlannedRange(reader(to), message, lease_ms),), lambda: True)
+
+
+def wait_until(what: Callable[[], bool]) -> None:
+    give_up = time.monotonic() + DEADLINE_S
+    while not what():
+        assert time.monotonic() < give_up
+        time.sleep(0.005)
 
 
 def test_announced_ranges_are_read_and_unpinned(ranks: Callable[..., Rank]) -> None:
@@ -111,11 +142,17 @@ def test_an_announcement_that_overtakes_its_load_is_kept(ranks: Callable[..., Ra
 
 def test_a_range_is_announced_only_after_its_step_has_passed(ranks: Callable[..., Rank]) -> None:
     source, destination = ranks("source"), ranks("destination")
-    passed = False
+    passed, asked = False, 0
+
+    def has_passed() -> bool:
+        nonlocal asked
+        asked += 1
+        return passed
+
     destination.io.submit([load(source, blocks=(1,))])
     (planned,) = ready(destination, 0, 0, [5], last=True).ranges
-    source.io.submit([Ready((planned,), lambda: passed)])
-    time.sleep(0.2)
+    source.io.submit([Ready((planned,), has_passed)])
+    wait_until(lambda: asked > 20)
     assert destination.io.take() is None
     source.memory[5] = 9
     passed = True
@@ -143,10 +180,10 @@ def test_what_arrived_before_a_failure_is_kept(ranks: Callable[..., Rank]) -> No
 
 def test_a_cancelled_order_lets_its_source_unpin(ranks: Callable[..., Rank]) -> None:
     source, destination = ranks("source"), ranks("destination")
-    destination.transport.hold = lambda plan: plan.bytes > BLOCK_BYTES
+    held = destination.hold(BLOCK_BYTES)
     destination.io.submit([load(source)])
     source.io.submit([ready(destination, 0, 0, [5, 6], last=False)])
-    time.sleep(0.1)
+    assert held.wait(DEADLINE_S)
     destination.io.submit([Fail(OrderId("o"), CANCELLED)])
     destination.transport.hold = lambda plan: False
     (outcome,) = destination.until(lambda seen: bool(seen.outcomes)).outcomes
@@ -156,21 +193,17 @@ def test_a_cancelled_order_lets_its_source_unpin(ranks: Callable[..., Rank]) -> 
 
 def test_a_read_that_never_ends_quarantines_its_blocks_until_it_does(ranks: Callable[..., Rank]) -> None:
     source, destination = ranks("source"), ranks("destination")
-    stuck = True
-    destination.transport.hold = lambda plan: stuck and plan.bytes > SCRATCH
+    held = destination.hold(SCRATCH)
     destination.io.submit([load(source)])
     source.io.submit([ready(destination, 0, 0, [5, 6], last=False)])
-    time.sleep(0.1)
+    assert held.wait(DEADLINE_S)
     destination.io.submit([Fail(OrderId("o"), "source stalled")])
     (outcome,) = destination.until(lambda seen: bool(seen.outcomes)).outcomes
     assert outcome.quarantined == (1, 2)
     assert outcome.missing == (1, 2, 3)
-    stuck = False
+    destination.transport.hold = lambda plan: False
     (drained,) = destination.until(lambda seen: bool(seen.drained)).drained
     assert drained.blocks == (1, 2)
-
-
-SCRATCH = 64
 
 
 def test_a_failed_read_fails_the_order_and_keeps_the_rest(ranks: Callable[..., Rank]) -> None:
@@ -186,7 +219,7 @@ def test_a_failed_read_fails_the_order_and_keeps_the_rest(ranks: Callable[..., R
 
 def test_a_silent_source_stalls_the_order(ranks: Callable[..., Rank]) -> None:
     source, destination = ranks("source"), ranks("destination")
-    command = load(source)
+    command = load(source, lease_ms=SHORT_MS)
     source.io.close()
     destination.io.submit([command])
     (outcome,) = destination.until(lambda seen: bool(seen.outcomes)).outcomes
@@ -195,20 +228,20 @@ def test_a_silent_source_stalls_the_order(ranks: Callable[..., Rank]) -> None:
 
 def test_pins_of_a_vanished_destination_are_released(ranks: Callable[..., Rank]) -> None:
     source, destination = ranks("source"), ranks("destination")
-    destination.transport.hold = lambda plan: plan.bytes > SCRATCH
+    held = destination.hold(SCRATCH)
     destination.io.submit([load(source)])
-    source.io.submit([ready(destination, 0, 0, [5, 6], last=False)])
-    time.sleep(0.1)
+    source.io.submit([ready(destination, 0, 0, [5, 6], last=False, lease_ms=SHORT_MS)])
+    assert held.wait(DEADLINE_S)
     destination.io.close()
     source.until(lambda seen: seen.unpinned == {("o", 0): 1})
 
 
 def test_a_restarted_destination_frees_what_its_former_life_ordered(ranks: Callable[..., Rank]) -> None:
     source, former = ranks("source"), ranks("destination")
-    former.transport.hold = lambda plan: plan.bytes > SCRATCH
+    held = former.hold(SCRATCH)
     former.io.submit([load(source)])
     source.io.submit([ready(former, 0, 0, [5, 6], last=False)])
-    time.sleep(0.1)
+    assert held.wait(DEADLINE_S)
     later = ranks("destination", epoch=2)
     later.io.submit([load(source, "another")])
     source.until(lambda seen: seen.unpinned == {("o", 0): 1})
@@ -242,7 +275,7 @@ def test_a_message_before_any_greeting_and_one_of_another_version_are_refused(ra
         socket.connect(source.io.endpoint)
         for frame, words in ((encode(Renew(OrderId("o"), 1)), "greet first"), (b"\x09\x00\x90", "protocol 9.0")):
             socket.send(frame)
-            assert socket.poll(5000)
+            assert socket.poll(DEADLINE_S * 1000)
             answer = decode_peer(socket.recv())
             assert isinstance(answer, Refused)
             assert words in answer.reason
@@ -255,9 +288,7 @@ def test_the_membership_makes_a_rank_connect_before_the_first_order(ranks: Calla
     info = EngineInfo(EngineId("source"), Epoch(1), "both", "", [], 1, 1, 1, "same", [source.io.endpoint])
     own = OwnRanks([RankIntroduction(destination.io.endpoint, Epoch(1), destination.io.own_key)])
     own.members_changed({info.id: info})
-    deadline = time.monotonic() + 10
-    while not warmed and time.monotonic() < deadline:
-        time.sleep(0.01)
+    wait_until(lambda: bool(warmed))
     own.close()
     assert warmed == [SCRATCH]
 
@@ -271,7 +302,7 @@ def test_nobody_else_can_pass_a_membership_on_or_nudge(ranks: Callable[..., Rank
         socket.connect(rank.io.endpoint)
         for frame in (encode(Members([])), NUDGE):
             socket.send(frame)
-            assert socket.poll(5000)
+            assert socket.poll(DEADLINE_S * 1000)
             assert isinstance(decode_peer(socket.recv()), Refused)
     assert not rank.io.take_nudge()
 
@@ -280,6 +311,6 @@ def test_a_nudge_is_nothing_to_report(ranks: Callable[..., Rank]) -> None:
     rank = ranks("rank")
     own = OwnRanks([RankIntroduction(rank.io.endpoint, Epoch(1), rank.io.own_key)])
     own.nudge()
-    rank.io.wait(10_000)
+    rank.io.wait(DEADLINE_S * 1000)
     own.close()
     assert (rank.io.take(), rank.io.take_nudge(), rank.io.take_nudge()) == (None, True, False)

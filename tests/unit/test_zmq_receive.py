@@ -11,7 +11,7 @@ from vllm_llmd.kernels import frames_cpu
 from vllm_llmd.kernels.frames_cpu import MESSAGES, Frames, frames_of
 from vllm_llmd.router.zmq_receive import KernelReceiver, PlainReceiver, Receiver, receiver
 
-WITHIN_MS = 5000
+WITHIN_MS = 60_000
 
 
 class Pair:
