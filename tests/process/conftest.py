@@ -5,17 +5,17 @@ import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
 
-import aiohttp
 import pytest
 
-from vllm_llmd.testing.site import DEADLINE_S, Router, Site
+from vllm_llmd.kv_connector import link
+from vllm_llmd.testing.site import Router, Site, open_client
 
 
 @pytest.fixture
 async def site(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[Site]:
     router = Router(tmp_path / "router.log", getattr(request, "param", ()))
     await router.start()
-    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=DEADLINE_S)) as client:
+    async with open_client() as client:
         site = Site(router, client)
         try:
             yield site
@@ -24,6 +24,12 @@ async def site(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[
             if router.running:
                 assert router.end(signal.SIGTERM) == 0, router.log.read_text()
     assert "Traceback" not in router.log.read_text()
+
+
+@pytest.fixture
+def goodbyes_arrive(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines of this process wait for it; otherwise they only do for a moment."""
+    monkeypatch.setattr(link, "GOODBYE_LINGER_MS", 60_000)
 
 
 @pytest.fixture

@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
-from vllm_llmd.testing.site import CHAT, COMPLETIONS, Site, chat
+from vllm_llmd.testing.site import CHAT, COMPLETIONS, Site, chat, until
+
+BEGINNING = b'{"model": "fake", '
 
 BAD_HEADERS = [
     *(("x-llmd-slo-ttft-ms", value) for value in ("0", "-1", "NaN", "inf", "1e400", "1e3", "", "9" * 400, "\u0663")),
@@ -108,14 +110,17 @@ async def test_bodies_that_never_end_hold_nobody_up(site: Site) -> None:
     await site.ready(await site.engine("a"))
 
     async def endless() -> AsyncIterator[bytes]:
-        yield b'{"model": "fake", '
+        yield BEGINNING
         await asyncio.sleep(1000)
 
+    async def held(size_bytes: int) -> None:
+        await until(lambda: site.metric("vllm_llmd_body_bytes"), lambda found: found == size_bytes)
+
     stuck = [asyncio.ensure_future(site.client.post(site.router.http + CHAT, data=endless())) for _ in range(20)]
-    await asyncio.sleep(0)
+    await held(20 * len(BEGINNING))
     await served(site)
     for each in stuck:
         each.cancel()
     await asyncio.gather(*stuck, return_exceptions=True)
+    await held(0)
     await served(site)
-    assert await site.metric("vllm_llmd_queued_requests") == 0

@@ -97,6 +97,7 @@ async def test_who_finds_no_room_is_refused_before_its_body_is_read(site: Site) 
     writer.write(f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Length: {30 * KIB}\r\n\r\n".encode())
     refused = (await reader.readuntil(b"\r\n\r\n")).decode()
     writer.close()
+    await writer.wait_closed()
     assert refused.startswith("HTTP/1.1 429 ")
     assert "x-llmd-reason: bodies-full" in refused
     assert "x-llm-d-request-dropped-reason: rejected-saturated" in refused

@@ -17,7 +17,9 @@ from vllm_llmd.testing.process import ServerProcess
 from vllm_llmd.testing.site import CHAT, COMPLETIONS, Site, chat, until
 
 TOKENS = 150
-ENOUGH_EVENTS = 20
+ENOUGH_EVENTS = 8
+SLOW = ("--failures", '{"slow": 20}')
+"""So that no answer is over before what a test does to its engine."""
 
 Start = Callable[..., Any]
 
@@ -30,7 +32,7 @@ async def start(site: Site, tmp_path: Path) -> AsyncIterator[Start]:
         async def started(*names: str, flags: tuple[str, ...] = ()) -> dict[str, ServerProcess]:
             processes = {}
             for name in names:
-                more = ("--router", site.router.zmq, "--id", name, *flags)
+                more = ("--router", site.router.zmq, "--id", name, *SLOW, *flags)
                 processes[name] = process = ServerProcess("vllm_llmd.sim.main", more, tmp_path / f"{name}.log")
                 await asyncio.to_thread(process.start)
                 stack.callback(lambda process=process: process.running and process.end(signal.SIGKILL))
@@ -63,16 +65,24 @@ async def ask(site: Site) -> str:
         return str(response.headers["X-Fake-Engine"])
 
 
+async def openings_of(site: Site, engine: str) -> float:
+    line = f'vllm_llmd_circuits_opened_total{{engine="{engine}",reason="%s"}}'
+    return await site.metric(line % "failed often") + await site.metric(line % "failed")
+
+
 async def test_a_circuit_opens_when_an_engine_fails_often_and_closes_when_it_has_recovered(site: Site) -> None:
     bad, good = await site.engine("bad"), await site.engine("good")
     bad.behaviour = Behaviour.FAIL
     await preferred(site, bad, good)
     while (await shown(site, "bad"))["circuit"] == "closed":
         assert await ask(site) == "good"
-    asked = len(bad.requests)
-    assert asked == 5
-    assert [await ask(site) for _ in range(5)] == ["good"] * 5 and len(bad.requests) == asked
+    assert len(bad.requests) == 5
     assert await site.metric('vllm_llmd_circuits_opened_total{engine="bad",reason="failed often"}') == 1
+    openings = 0.0
+    while openings != await openings_of(site, "bad"):  # on a slow machine it is time to try again meanwhile
+        openings, asked = await openings_of(site, "bad"), len(bad.requests)
+        assert [await ask(site) for _ in range(5)] == ["good"] * 5
+    assert len(bad.requests) == asked
     assert await site.metric('vllm_llmd_engine_circuit_closed{engine="bad"}') == 0
     bad.behaviour = Behaviour.ANSWER
     await until(lambda: shown(site, "bad"), lambda engine: engine["circuit"] == "half open")
@@ -114,8 +124,8 @@ async def test_a_fleet_that_fails_altogether_gets_half_as_many_retries_as_reques
         async with site.post(chat("hello")) as response:
             return response.status
 
-    assert await asyncio.gather(*(one() for _ in range(100))) == [503] * 100
-    assert 100 < sum(len(engine.requests) for engine in engines) <= 100 + 50 + 10
+    assert await asyncio.gather(*(one() for _ in range(50))) == [503] * 50
+    assert 50 < sum(len(engine.requests) for engine in engines) <= 50 + 25 + 10
 
 
 async def test_a_drained_engine_finishes_what_it_has_and_gets_nothing_new(site: Site) -> None:
@@ -144,7 +154,8 @@ async def test_a_drained_engine_finishes_what_it_has_and_gets_nothing_new(site: 
 async def test_a_fleet_that_is_drained_altogether_is_not_ready(site: Site) -> None:
     engine = await site.engine("a")
     await site.ready(engine)
-    await site.client.post(site.router.http + "/admin/engines/a/drain")
+    async with site.client.post(site.router.http + "/admin/engines/a/drain") as response:
+        assert response.status == 200
     assert (await site.get_json("/health"))["error"]["code"] == "no_engine_ready"
     async with site.post(chat("hello")) as response:
         assert response.status == 503
@@ -185,6 +196,13 @@ def text_of(stream: bytes) -> tuple[str, list[str], list[dict[str, Any]], set[st
     return text, finishes, usages, ids, done
 
 
+async def hurry(site: Site, engine: ServerProcess) -> None:
+    """From now on it is slow no more."""
+    if engine.running:
+        async with site.client.post(engine.said["engines"][0]["http"] + "/sim/failures", json={"slow": 1}) as response:
+            assert response.status == 200
+
+
 async def disturbed(site: Site, path: str, body: dict[str, Any], processes: dict[str, ServerProcess]) -> bytes:
     """The stream that a client gets whose engine is killed midway."""
     got = b""
@@ -194,6 +212,8 @@ async def disturbed(site: Site, path: str, body: dict[str, Any], processes: dict
             engine = processes[response.headers["X-Sim-Engine"]]
             if got.count(b"\n\n") > ENOUGH_EVENTS and engine.running:
                 await asyncio.to_thread(engine.end, signal.SIGKILL)
+                for other in processes.values():
+                    await hurry(site, other)
     return got
 
 
@@ -241,7 +261,7 @@ async def test_a_stream_that_nobody_can_continue_ends_with_an_error_event(site: 
 async def test_an_engine_told_to_stop_finishes_what_it_has_while_new_requests_go_elsewhere(
     site: Site, start: Start
 ) -> None:
-    processes = await start("a", "b", flags=("--drain-ms", "20000"))
+    processes = await start("a", "b", flags=("--drain-ms", "120000"))
     async with site.post(body_of(COMPLETIONS), COMPLETIONS) as response:
         await response.content.readany()
         leaving = response.headers["X-Sim-Engine"]
@@ -250,6 +270,7 @@ async def test_an_engine_told_to_stop_finishes_what_it_has_while_new_requests_go
         for _ in range(3):
             async with site.post(body_of(COMPLETIONS, stream=False, max_tokens=1), COMPLETIONS) as other:
                 assert other.status == 200 and other.headers["X-Sim-Engine"] != leaving
+        await hurry(site, processes[leaving])
         rest = await response.read()
     assert b'"finish_reason":"length"' in rest and rest.endswith(b"data: [DONE]\n\n")
     assert await ending == 0

@@ -208,6 +208,7 @@ async def test_an_engine_that_fails_gives_its_room_back(site: Site) -> None:
 
 
 @queueing()
+@pytest.mark.usefixtures("goodbyes_arrive")
 async def test_the_last_engine_to_leave_lets_everyone_go(site: Site) -> None:
     engine = await held(site)
     first = await fill(site, engine)
@@ -220,7 +221,7 @@ async def test_the_last_engine_to_leave_lets_everyone_go(site: Site) -> None:
     await engine.stop()
 
 
-@queueing()
+@queueing("--shutdown-ms", "60000")
 async def test_a_router_that_stops_sends_away_who_waits(site: Site) -> None:
     engine = await held(site)
     first = await fill(site, engine)

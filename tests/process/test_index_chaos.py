@@ -19,14 +19,13 @@ import aiohttp
 import pytest
 
 from vllm_llmd.testing.process import ServerProcess
-from vllm_llmd.testing.site import Router
+from vllm_llmd.testing.site import DEADLINE_S, Router, open_client
 
 ENGINES: Final = 3
 REQUESTS: Final = 120
 QUICK: Final = ("--answer-tokens", "8", "--speed-up", "20")
 FAULTS: Final = {"drop": 0.1, "duplicate": 0.1, "delay": 0.1, "reorder": 0.1}
 NO_FAULTS: Final = dict.fromkeys(FAULTS, 0.0)
-DEADLINE_S: Final = 60.0
 
 
 class Site:
@@ -111,7 +110,7 @@ class Site:
 
 @pytest.fixture
 async def site(tmp_path: Path) -> AsyncIterator[Site]:
-    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=DEADLINE_S)) as client:
+    async with open_client() as client:
         site = Site(tmp_path, client)
         try:
             await site.start()
@@ -132,7 +131,8 @@ async def work(site: Site, rng: random.Random, requests: int) -> None:
         where = rng.choice([site.router.http, *map(site.url, range(ENGINES))])
         try:
             if rng.random() < 0.01:
-                await site.client.post(site.url(rng.randrange(ENGINES)) + "/reset_prefix_cache")
+                async with site.client.post(site.url(rng.randrange(ENGINES)) + "/reset_prefix_cache"):
+                    pass
             async with site.client.post(where + "/v1/completions", json={"prompt": prompt}) as response:
                 await response.read()
         except aiohttp.ClientError:

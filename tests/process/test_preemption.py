@@ -11,7 +11,7 @@ import pytest
 
 from vllm_llmd.testing.fake_engine import Behaviour, FakeEngine
 from vllm_llmd.testing.fake_stock_engine import FakeStockEngine
-from vllm_llmd.testing.site import COMPLETIONS, DEADLINE_S, Router, Site, chat, statuses, until
+from vllm_llmd.testing.site import COMPLETIONS, Router, Site, chat, open_client, statuses, until
 
 Answers = list["asyncio.Task[aiohttp.ClientResponse]"]
 
@@ -51,11 +51,17 @@ async def best_effort(site: Site, engine: FakeEngine, *texts: str) -> Answers:
     return answers
 
 
+async def given_up(engine: FakeEngine, count: int = 1) -> None:
+    """The engine has noticed that so many have been: its turnstile lets only others through."""
+    await until(lambda: asyncio.sleep(0, engine.cancelled), lambda found: found == count)
+
+
 async def given_up_for(site: Site, engine: FakeEngine) -> Answers:
     """Of two that are best effort, one makes room for an urgent one."""
     answers = await best_effort(site, engine, "one", "two")
     answers.append(ask(site, "urgent", 0))
     await received(engine, "one", "two", "urgent")
+    await given_up(engine)
     return answers
 
 
@@ -80,16 +86,11 @@ async def test_an_urgent_request_takes_the_place_of_the_latest_best_effort_which
     answers = await given_up_for(site, engine)
     await waiting(site, "best_effort", 1)
     assert await site.metric('vllm_llmd_preempted_requests_total{engine="a"}') == 1
-    await until(lambda: _cancelled(engine), lambda count: count == 1)
     let_through(engine, 1)
     await received(engine, "one", "two", "urgent", "two")
     let_through(engine, 2)
     assert await statuses(answers) == [200] * 3
     assert engine.requests[3].body["messages"] == chat("two")["messages"]
-
-
-async def _cancelled(engine: FakeEngine) -> int:
-    return engine.cancelled
 
 
 @queueing()
@@ -125,10 +126,11 @@ async def test_nobody_is_given_up_more_than_twice(site: Site) -> None:
     engine = await held(site, sequences=1)
     answers = await best_effort(site, engine, "one")
     got = ["one"]
-    for text in ("first", "second"):
+    for number, text in enumerate(("first", "second"), 1):
         answers.append(ask(site, text, 0))
         got.append(text)
         await received(engine, *got)
+        await given_up(engine, number)
         let_through(engine, 1)
         got.append("one")
         await received(engine, *got)
@@ -176,6 +178,7 @@ async def test_a_client_that_leaves_when_its_request_was_given_up_leaves_the_que
     [gone] = await best_effort(site, engine, "one")
     urgent = ask(site, "urgent", 0)
     await waiting(site, "best_effort", 1)
+    await given_up(engine)
     gone.cancel()
     await waiting(site, "best_effort", 0)
     let_through(engine, 1)
@@ -189,6 +192,7 @@ async def test_the_time_to_wait_counts_from_the_beginning(site: Site) -> None:
     answers = await best_effort(site, engine, "one")
     answers.append(ask(site, "urgent", 0))
     await received(engine, "one", "urgent")
+    await given_up(engine)
     late = await answers[0]
     await late.read()
     assert (late.status, late.headers["x-llmd-reason"]) == (503, "expired")
@@ -220,7 +224,7 @@ async def stock(stock_engine: FakeStockEngine, tmp_path: Path) -> AsyncIterator[
     flags = ("--heartbeat-ms", "50", "--engine-queue", "0", "--engine-requests", "1")
     router = Router(tmp_path / "router.log", (*flags, "--stock-engine", stock_engine.flag))
     await router.start()
-    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=DEADLINE_S)) as client:
+    async with open_client() as client:
         site = Site(router, client)
         await until(site.admin_engines, lambda engines: [each["state"] for each in engines] == ["ready"])
         yield site

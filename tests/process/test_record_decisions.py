@@ -6,13 +6,10 @@ import signal
 import sys
 from pathlib import Path
 
-import aiohttp
 import pytest
 
 from vllm_llmd.testing.fake_engine import FakeEngine
-from vllm_llmd.testing.site import COMPLETIONS, DEADLINE_S, Router, Site
-
-PATIENCE_S = 60.0
+from vllm_llmd.testing.site import COMPLETIONS, DEADLINE_S, Router, Site, open_client, until
 
 
 async def command(*arguments: str) -> tuple[int, str, str]:
@@ -20,7 +17,7 @@ async def command(*arguments: str) -> tuple[int, str, str]:
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-P", "-m", "vllm_llmd.cli", *arguments, stdout=-1, stderr=-1
     )
-    async with asyncio.timeout(PATIENCE_S):
+    async with asyncio.timeout(DEADLINE_S):
         out, err = await process.communicate()
     return process.returncode or 0, out.decode(), err.decode()
 
@@ -37,7 +34,7 @@ async def test_what_a_router_has_recorded_can_be_replayed(tmp_path: Path) -> Non
     file, report = tmp_path / "decisions", tmp_path / "report.json"
     router = Router(tmp_path / "router.log", ("--record-decisions", str(file), "--policy", "round_robin"))
     await router.start()
-    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=DEADLINE_S)) as client:
+    async with open_client() as client:
         site = Site(router, client)
         engines = [await site.engine(name) for name in ("a", "b", "c")]
         await serve(site, engines, 12)
@@ -58,11 +55,11 @@ async def test_a_router_that_was_killed_leaves_what_can_be_replayed_and_gone_on_
     file = tmp_path / "decisions"
     router = Router(tmp_path / "router.log", ("--record-decisions", str(file)))
     await router.start()
-    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=DEADLINE_S)) as client:
+    async with open_client() as client:
         site = Site(router, client)
         engine = await site.engine("a")
         await serve(site, [engine], 3)
-        await asyncio.sleep(0.5)
+        await until(lambda: site.metric("vllm_llmd_decisions_recorded_total"), lambda count: count == 3)
         router.end(signal.SIGKILL)
         with file.open("ab") as torn:
             torn.write(b"\x00\x01\x00")

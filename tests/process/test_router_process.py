@@ -6,26 +6,16 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 
 import aiohttp
 import pytest
-import zmq
 
 from vllm_llmd import wire
-from vllm_llmd.names import BlockName, EngineId, Epoch
+from vllm_llmd.names import BlockName
 from vllm_llmd.testing.fake_engine import Behaviour, FakeEngine, FakeSettings
-from vllm_llmd.testing.site import CHAT, COMPLETIONS, DEADLINE_S, Site, chat, until
+from vllm_llmd.testing.site import CHAT, COMPLETIONS, Site, chat, until
 
 LONG = "You are a helpful assistant who knows everything about the cache of every engine in the fleet. " * 20
-
-
-@pytest.fixture
-def dealer() -> Iterator["zmq.Socket[bytes]"]:
-    """A bare engine's end of the link."""
-    with zmq.Context() as context, context.socket(zmq.DEALER) as dealer:
-        dealer.setsockopt(zmq.LINGER, 0)
-        yield dealer
 
 
 async def test_an_answer_passes_byte_for_byte_with_its_status_and_headers(site: Site) -> None:
@@ -54,7 +44,8 @@ async def test_chunks_are_forwarded_as_they_arrive(site: Site) -> None:
     engine.behaviour = Behaviour.STALL_MIDWAY
     await site.ready(engine)
     async with site.post(chat("hello", stream=True)) as response:
-        chunk = await asyncio.wait_for(response.content.readany(), DEADLINE_S)
+        chunk = await response.content.readany()
+        response.close()
     assert chunk and engine.answers[0].startswith(chunk)
 
 
@@ -216,7 +207,7 @@ async def test_a_session_that_the_client_names_goes_back_to_where_it_was(site: S
     engine = one if home == "a" else two
     engine.load = wire.Load(running=2)  # others': less than what is cached is worth
     await until(site.admin_engines, lambda engines: any(engine["load"]["running"] for engine in engines))
-    await until(lambda: site.metric("vllm_llmd_sessions"), lambda known: known == 1)  # its answer's end is taken in
+    assert await site.metric("vllm_llmd_sessions") == 1
     for headers, same in ((mine, True), (other, False), ({}, False), (mine, True)):
         async with site.post(chat(f"a long text of another kind {same} {headers} " * 100), headers=headers) as response:
             assert (response.headers["X-Fake-Engine"] == home) is same
@@ -308,6 +299,7 @@ async def test_a_router_killed_and_started_again_knows_what_the_engines_hold(sit
     await site.index_equals_truth(two)
 
 
+@pytest.mark.usefixtures("goodbyes_arrive")
 async def test_engines_learn_of_each_other_and_of_departures(site: Site) -> None:
     one, two = await site.engine("a"), await site.engine("b")
     await site.ready(one, two)
@@ -330,36 +322,6 @@ async def test_a_new_life_of_an_engine_replaces_the_old_one(site: Site) -> None:
     await site.index_equals_truth(new)
     await until(lambda: asyncio.to_thread(site.router.log.read_text), lambda text: "a later life" in text)
     await site.index_equals_truth(new)
-
-
-@pytest.mark.parametrize("site", [("--stale-after-ms", "600", "--gone-after-ms", "1200")], indirect=True)
-async def test_a_silent_engine_gets_no_requests_and_is_forgotten(site: Site, dealer: "zmq.Socket[bytes]") -> None:
-    dealer.connect(site.router.zmq)
-    info = wire.EngineInfo(EngineId("mute"), Epoch(1), "both", "http://127.0.0.1:9", ["fake"], 16, 1, 1, "f", [])
-    dealer.send(wire.encode(wire.Hello(info)))
-    dealer.send(wire.encode(wire.Snapshot(info.id, info.epoch, 0, 0, 1, b"")))
-    await until(site.states, lambda states: ("mute", 1, "ready") in states)
-    await until(site.states, lambda states: ("mute", 1, "stale") in states)
-    async with site.post(chat("hello")) as response:
-        assert response.status == 503
-    await until(site.states, lambda states: not states)
-
-
-async def test_an_unknown_version_is_refused_with_one_log_line_and_no_harm(
-    site: Site, dealer: "zmq.Socket[bytes]"
-) -> None:
-    dealer.setsockopt(zmq.IDENTITY, b"stranger")
-    dealer.connect(site.router.zmq)
-    for _ in range(5):
-        dealer.send(bytes((wire.MAJOR + 1, 0)) + b"whatever")
-    dealer.send(b"x")
-    assert await asyncio.to_thread(dealer.poll, DEADLINE_S * 1000)
-    refused = wire.decode_link(dealer.recv())
-    assert isinstance(refused, wire.Refused) and "same major version" in refused.reason
-    engine = await site.engine("a")
-    await site.ready(engine)
-    lines = [line for line in site.router.log.read_text().splitlines() if "stranger" in line]
-    assert len(lines) == 2  # one for the version, one for the malformed frame
 
 
 @pytest.mark.parametrize("site", [("--api-key", "secret")], indirect=True)

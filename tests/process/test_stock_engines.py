@@ -6,14 +6,13 @@ import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
-import aiohttp
 import pytest
 
 from vllm_llmd.testing.fake_stock_engine import FakeStockEngine
-from vllm_llmd.testing.site import COMPLETIONS, DEADLINE_S, Router, Site, until
+from vllm_llmd.testing.site import COMPLETIONS, Router, Site, open_client, until
 from vllm_llmd.wire import Load
 
-FAST = ("--heartbeat-ms", "50", "--stale-after-ms", "2000", "--gone-after-ms", "4000")
+FAST = ("--heartbeat-ms", "50")
 PROMPT = list(range(100, 140))
 OTHER = list(range(200, 220))
 
@@ -26,11 +25,12 @@ async def engine() -> AsyncIterator[FakeStockEngine]:
 
 
 @pytest.fixture
-async def stock(engine: FakeStockEngine, tmp_path: Path) -> AsyncIterator[Site]:
+async def stock(engine: FakeStockEngine, tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[Site]:
     """A router that is told of the engine."""
-    router = Router(tmp_path / "router.log", (*FAST, "--stock-engine", engine.flag))
+    flags = (*FAST, *getattr(request, "param", ()))
+    router = Router(tmp_path / "router.log", (*flags, "--stock-engine", engine.flag))
     await router.start()
-    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=DEADLINE_S)) as client:
+    async with open_client() as client:
         site = Site(router, client)
         yield site
         await asyncio.gather(*(each.stop() for each in site.engines))
@@ -130,13 +130,22 @@ async def test_an_engine_with_hung_metrics_still_serves(stock: Site, engine: Fak
         assert response.status == 200
 
 
-async def test_an_engine_that_hangs_goes_stale_then_gone_and_comes_back(stock: Site, engine: FakeStockEngine) -> None:
+@pytest.mark.parametrize(
+    ("stock", "becomes"),
+    [
+        (("--stale-after-ms", "1000"), "stale"),
+        (("--stale-after-ms", "1000", "--gone-after-ms", "2000"), None),
+    ],
+    indirect=["stock"],
+)
+async def test_an_engine_that_hangs_goes_stale_then_gone_and_comes_back(
+    stock: Site, engine: FakeStockEngine, becomes: str | None
+) -> None:
     await ready(stock, engine)
     await engine.publish(engine.stored(PROMPT))
     await index_equals_truth(stock, engine)
     engine.hangs.update(("/health", "/metrics", "/v1/models"))
-    await until(lambda: state(stock, engine), lambda found: found == "stale")
-    await until(lambda: state(stock, engine), lambda found: found is None)
+    await until(lambda: state(stock, engine), lambda found: found == becomes)
     engine.hangs.clear()
     await ready(stock, engine)
     await index_equals_truth(stock, engine)

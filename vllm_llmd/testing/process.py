@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-END_S = 20.0
+END_S = 60.0
 
 
 @dataclass

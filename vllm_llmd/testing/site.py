@@ -3,9 +3,11 @@
 import asyncio
 import signal
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace, TracebackType
 from typing import Any, Final, TypeVar
 
 import aiohttp
@@ -14,7 +16,14 @@ from vllm_llmd.names import Epoch
 from vllm_llmd.testing.fake_engine import FakeEngine, FakeSettings
 from vllm_llmd.testing.process import ServerProcess
 
-DEADLINE_S: Final = 20.0
+DEADLINE_S: Final = 60.0
+"""What has not happened by then never will, however slow the machine."""
+
+PATIENT: Final = (
+    *("--stale-after-ms", "120000", "--gone-after-ms", "240000"),
+    *("--connect-timeout-ms", "60000", "--tokenizer-wait-ms", "60000"),
+)
+"""How long a router of tests waits for others, unless it is told otherwise: a busy machine is nobody's failure."""
 
 CHAT: Final = "/v1/chat/completions"
 COMPLETIONS: Final = "/v1/completions"
@@ -34,11 +43,44 @@ async def until(ask: Callable[[], Awaitable[T]], wanted: Callable[[T], bool]) ->
 
 
 async def statuses(answers: Iterable[Awaitable[aiohttp.ClientResponse]]) -> list[int]:
-    """Of answers that are read to their ends: one that is left open warns in a later test."""
+    """Of answers that are read to their ends."""
     responses = [await answer for answer in answers]
     for response in responses:
         await response.read()
     return [response.status for response in responses]
+
+
+class WholeAnswer(aiohttp.ClientResponse):
+    """Is read to its end when its context is left, after which the router knows all that the answer teaches it.
+
+    If it were not, the client would have left, as a router sees it. Where that is meant, a test closes the answer.
+    """
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+    ) -> None:
+        if error is None and not self.closed:
+            await self.read()
+        await super().__aexit__(kind, error, at)
+
+
+@asynccontextmanager
+async def open_client() -> AsyncIterator[aiohttp.ClientSession]:
+    """Its answers are whole; those that are still open in the end are closed, or they would warn in a later test."""
+    answers: list[aiohttp.ClientResponse] = []
+
+    async def came(_: aiohttp.ClientSession, __: SimpleNamespace, end: aiohttp.TraceRequestEndParams) -> None:
+        answers.append(end.response)
+
+    trace = aiohttp.TraceConfig()
+    trace.on_request_end.append(came)
+    timeout = aiohttp.ClientTimeout(total=DEADLINE_S)
+    async with aiohttp.ClientSession(timeout=timeout, response_class=WholeAnswer, trace_configs=[trace]) as client:
+        try:
+            yield client
+        finally:
+            for answer in answers:
+                answer.close()
 
 
 class Router:
@@ -47,7 +89,7 @@ class Router:
     def __init__(self, log: Path, flags: tuple[str, ...]) -> None:
         self.log = log
         self.http = self.zmq = ""
-        self._process = ServerProcess("vllm_llmd.router.main", flags, log)
+        self._process = ServerProcess("vllm_llmd.router.main", (*PATIENT, *flags), log)
 
     @property
     def running(self) -> bool:
