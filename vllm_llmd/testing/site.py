@@ -16,7 +16,7 @@ from vllm_llmd.names import Epoch
 from vllm_llmd.testing.fake_engine import FakeEngine, FakeSettings
 from vllm_llmd.testing.process import ServerProcess
 
-DEADLINE_S: Final = 60.0
+DEADLINE_S: Final = 120.0
 """What has not happened by then never will, however slow the machine."""
 
 PATIENT: Final = (
