@@ -62,7 +62,7 @@ class Client:
         return connection
 
     def get(self, path: str) -> str:
-        with urllib.request.urlopen(self.http + path, timeout=10) as response:
+        with urllib.request.urlopen(self.http + path, timeout=DEADLINE_S) as response:
             text: str = response.read().decode()
         return text
 

@@ -87,7 +87,7 @@ class Stock:
             time.sleep(0.05)
 
     def get(self, path: str) -> Any:
-        with urllib.request.urlopen(self.http + path, timeout=30) as response:
+        with urllib.request.urlopen(self.http + path, timeout=DEADLINE_S) as response:
             return json.loads(response.read())
 
     def states(self) -> list[str]:
@@ -107,7 +107,7 @@ class Stock:
         body = {"model": "m", "prompt": prompt, "max_tokens": 4, "temperature": 0, **more}
         headers = {"Content-Type": "application/json"}
         request = urllib.request.Request(f"{base or self.http}/v1/completions", json.dumps(body).encode(), headers)
-        with urllib.request.urlopen(request, timeout=60) as response:
+        with urllib.request.urlopen(request, timeout=DEADLINE_S) as response:
             usage = json.loads(response.read())["usage"]
         return (usage["prompt_tokens_details"] or {}).get("cached_tokens") or 0
 
