@@ -31,6 +31,8 @@ BLOCKS, BLOCK_BYTES = 8, 64
 LONG_MS = 120_000
 """A lease that nobody outlives, however slow the machine."""
 SHORT_MS = 400
+GRACE_MS = 6000
+"""For half of it, a failed order waits for reads that have begun."""
 
 SCRATCH = 64
 DEADLINE_S = 60.0
@@ -194,7 +196,7 @@ def test_a_cancelled_order_lets_its_source_unpin(ranks: Callable[..., Rank]) -> 
 def test_a_read_that_never_ends_quarantines_its_blocks_until_it_does(ranks: Callable[..., Rank]) -> None:
     source, destination = ranks("source"), ranks("destination")
     held = destination.hold(SCRATCH)
-    destination.io.submit([load(source)])
+    destination.io.submit([load(source, lease_ms=GRACE_MS)])
     source.io.submit([ready(destination, 0, 0, [5, 6], last=False)])
     assert held.wait(DEADLINE_S)
     destination.io.submit([Fail(OrderId("o"), "source stalled")])
