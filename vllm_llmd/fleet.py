@@ -22,7 +22,8 @@ from vllm_llmd.router.settings import API_KEY_VARIABLE
 
 _POLL_S = 0.2
 _ANSWER_S = 5.0
-_ROUTER_S = 60.0
+_ROUTER_S = 300.0
+"""A router that starts for the first time compiles its kernels, which takes minutes on a busy machine."""
 
 Stage = Literal["loading", "ready", "ended"]
 
