@@ -5,6 +5,20 @@
 
 from setuptools import setup
 
+OF_ROUTER = (
+    "audit",
+    "autoscaling",
+    "index",
+    "learning",
+    "members",
+    "placement",
+    "policies",
+    "serving",
+    "stock",
+    "upstream",
+    "waiting",
+)
+
 setup(
     packages=[
         "vllm_llmd",
@@ -13,14 +27,14 @@ setup(
         "vllm_llmd.testing",
         "vllm_llmd.kv_connector",
         "vllm_llmd.router",
-        "vllm_llmd.router.policies",
+        *(f"vllm_llmd.router.{folder}" for folder in OF_ROUTER),
         "vllm_llmd.kernels",
     ],
     package_dir={
         "vllm_llmd": "vllm_llmd",
         "vllm_llmd.kv_connector": "kv_connector",
         "vllm_llmd.router": "router",
-        "vllm_llmd.router.policies": "router/policies",
+        **{f"vllm_llmd.router.{folder}": f"router/{folder}" for folder in OF_ROUTER},
         "vllm_llmd.kernels": "kernels",
     },
     package_data={"vllm_llmd": ["py.typed"]},

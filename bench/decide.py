@@ -18,10 +18,11 @@ import numpy as np
 
 from vllm_llmd import wire
 from vllm_llmd.names import EngineId, Epoch, Role
-from vllm_llmd.router import plans_cpu, policies
+from vllm_llmd.router import policies
 from vllm_llmd.router.candidates import Candidates
 from vllm_llmd.router.decide import decide
 from vllm_llmd.router.fleet import Fleet
+from vllm_llmd.router.placement import plans_cpu
 from vllm_llmd.router.policy import PolicySettings
 from vllm_llmd.router.request import Facts
 from vllm_llmd.router.settings import RouterSettings

@@ -17,17 +17,18 @@ from pathlib import Path
 import msgspec
 from decide import FACTS, fleet
 
-from vllm_llmd.router import explain, policies
-from vllm_llmd.router.barred import barred
+from vllm_llmd.router import policies
+from vllm_llmd.router.audit import explain
+from vllm_llmd.router.audit.barred import barred
+from vllm_llmd.router.audit.decisions import Decisions, Made, Outcome
+from vllm_llmd.router.audit.recorded import Restorer
+from vllm_llmd.router.audit.recorder import Recorder, RecordFile
+from vllm_llmd.router.audit.recording import Began, Reader, Writer
+from vllm_llmd.router.audit.replay import Replay
 from vllm_llmd.router.decide import decide
-from vllm_llmd.router.decisions import Decisions, Made, Outcome
 from vllm_llmd.router.fleet import Fleet
-from vllm_llmd.router.membership import Placed
+from vllm_llmd.router.members.membership import Placed
 from vllm_llmd.router.policy import Policy, PolicySettings
-from vllm_llmd.router.recorded import Restorer
-from vllm_llmd.router.recorder import Recorder, RecordFile
-from vllm_llmd.router.recording import Began, Reader, Writer
-from vllm_llmd.router.replay import Replay
 
 CALLS = 500
 

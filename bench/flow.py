@@ -11,11 +11,11 @@ from statistics import median
 
 from vllm_llmd.names import EngineId, Epoch
 from vllm_llmd.router.candidates import Roster
-from vllm_llmd.router.flow import Arrival, Flow, Pool, QueueLimits, to_wait
-from vllm_llmd.router.membership import Engine, Placed, State
-from vllm_llmd.router.rosters import Wanted
-from vllm_llmd.router.saturation import Limits, has_room
+from vllm_llmd.router.members.membership import Engine, Placed, State
+from vllm_llmd.router.placement.rosters import Wanted
 from vllm_llmd.router.slo import Wish, read_wish
+from vllm_llmd.router.waiting.flow import Arrival, Flow, Pool, QueueLimits, to_wait
+from vllm_llmd.router.waiting.saturation import Limits, has_room
 from vllm_llmd.wire import EngineInfo, Load
 
 ROUNDS = 15

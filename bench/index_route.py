@@ -19,12 +19,13 @@ from vllm_llmd.kernels import hash_chain_cpu, json_strings_cpu, prefix_table_cpu
 from vllm_llmd.kernels.hash_chain import Names
 from vllm_llmd.kernels.hash_chain_cpu import chain_names
 from vllm_llmd.names import EngineId, Epoch
-from vllm_llmd.router import policies, rewrite
+from vllm_llmd.router import policies
 from vllm_llmd.router.decide import Decision, decide
 from vllm_llmd.router.fleet import Fleet
 from vllm_llmd.router.policy import PolicySettings
 from vllm_llmd.router.request import Kind, read_facts, skim
 from vllm_llmd.router.settings import RouterSettings
+from vllm_llmd.router.upstream import rewrite
 from vllm_llmd.testing.clock import FakeClock
 
 ENGINES = 64

@@ -16,7 +16,7 @@ from index_values import Arms, Found, Settings, in_turn, measure_call, seconds
 from vllm_llmd.kernels import hash_chain_cpu, prefix_table_cpu
 from vllm_llmd.kernels.hash_chain import Names
 from vllm_llmd.names import EngineId
-from vllm_llmd.router.prefix_index import PrefixIndex
+from vllm_llmd.router.index.prefixes import PrefixIndex
 
 ENGINES = 64
 BLOCK_SIZE = 16

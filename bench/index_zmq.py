@@ -21,10 +21,10 @@ from vllm_llmd.router.fleet import Fleet
 from vllm_llmd.router.ingest import Ingest
 from vllm_llmd.router.observe import Metrics
 from vllm_llmd.router.settings import RouterSettings
-from vllm_llmd.router.stock_fleet import StockFleet
-from vllm_llmd.router.stock_poll import Report
-from vllm_llmd.router.stock_report import Models, read_metrics
-from vllm_llmd.router.stock_settings import StockEngine
+from vllm_llmd.router.stock.fleet import StockFleet
+from vllm_llmd.router.stock.poll import Report
+from vllm_llmd.router.stock.report import Models, read_metrics
+from vllm_llmd.router.stock.settings import StockEngine
 
 ENGINES = 8
 MESSAGES = 4_000

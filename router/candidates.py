@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_llmd.names import EngineId
-from vllm_llmd.router.membership import Engine
+from vllm_llmd.router.members.membership import Engine
 from vllm_llmd.wire import EngineInfo
 
 Places = npt.NDArray[np.intp]

@@ -7,7 +7,7 @@ from vllm_llmd.names import EngineId
 from vllm_llmd.router.candidates import Candidates, Roster
 from vllm_llmd.router.policy import Choice, Policy, note_placed
 from vllm_llmd.router.request import Facts
-from vllm_llmd.router.seen import Seen
+from vllm_llmd.router.upstream.seen import Seen
 
 
 @dataclass(frozen=True)

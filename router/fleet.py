@@ -15,28 +15,28 @@ from vllm_llmd.clock import Clock
 from vllm_llmd.errors import MalformedMessageError
 from vllm_llmd.kernels.hash_chain import Names
 from vllm_llmd.names import TIERS, EngineId
-from vllm_llmd.router import text_index
-from vllm_llmd.router.agreement import Agreement, prompt_names
+from vllm_llmd.router.autoscaling.replicas import Plan, Replicas
+from vllm_llmd.router.autoscaling.traffic import Traffic
 from vllm_llmd.router.candidates import Candidates, Counts, Loads, Places, RateColumns, Roster, Shape, adapter_of
-from vllm_llmd.router.cursor import Cursor, Outcome
 from vllm_llmd.router.decide import Decision
-from vllm_llmd.router.engine_model import Models
-from vllm_llmd.router.health import Health
-from vllm_llmd.router.membership import Engine, Membership, Placed, State
-from vllm_llmd.router.prefix_index import NO_NAMES, Difference, PrefixIndex, unpacked, unpacked_tiers
-from vllm_llmd.router.rates import packed
-from vllm_llmd.router.replicas import Plan, Replicas
+from vllm_llmd.router.index import texts
+from vllm_llmd.router.index.agreement import Agreement, prompt_names
+from vllm_llmd.router.index.cursor import Cursor, Outcome
+from vllm_llmd.router.index.prefixes import NO_NAMES, Difference, PrefixIndex, unpacked, unpacked_tiers
+from vllm_llmd.router.index.sessions import Sessions
+from vllm_llmd.router.index.texts import Chunks, TextIndex
+from vllm_llmd.router.index.under_way import UnderWay
+from vllm_llmd.router.learning.engine_model import Models
+from vllm_llmd.router.learning.text_lengths import TextLengths
+from vllm_llmd.router.learning.truth import By, Error, Prediction, Truth
+from vllm_llmd.router.members.health import Health
+from vllm_llmd.router.members.membership import Engine, Membership, Placed, State
+from vllm_llmd.router.members.rates import packed
+from vllm_llmd.router.placement.rosters import Rosters, Wanted
 from vllm_llmd.router.request import Facts
-from vllm_llmd.router.rosters import Rosters, Wanted
-from vllm_llmd.router.seen import Measured
-from vllm_llmd.router.sessions import Sessions
 from vllm_llmd.router.settings import RouterSettings
-from vllm_llmd.router.text_index import Chunks, TextIndex
-from vllm_llmd.router.text_lengths import TextLengths
-from vllm_llmd.router.traffic import Traffic
-from vllm_llmd.router.truth import By, Error, Prediction, Truth
-from vllm_llmd.router.under_way import UnderWay
-from vllm_llmd.router.usage import Usage
+from vllm_llmd.router.upstream.seen import Measured
+from vllm_llmd.router.upstream.usage import Usage
 
 Sender = bytes
 """The ZeroMQ routing id of a connection."""
@@ -261,7 +261,7 @@ class Fleet:
 
     def cut(self, facts: Facts) -> Chunks:
         """The request's text as the text index knows it."""
-        return text_index.cut(facts, self._settings.text_chunk_bytes)
+        return texts.cut(facts, self._settings.text_chunk_bytes)
 
     def candidates(
         self, facts: Facts, chunks: Chunks, tried: Sequence[EngineId] = (), session: str | None = None

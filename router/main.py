@@ -31,19 +31,19 @@ from vllm_llmd.kernels import (
     prefix_table_cpu,
     text_table_cpu,
 )
-from vllm_llmd.router import plans_cpu
-from vllm_llmd.router.admin import Admin, bearer_guard
-from vllm_llmd.router.context import Context
-from vllm_llmd.router.decisions import Decisions
+from vllm_llmd.router.audit.decisions import Decisions
+from vllm_llmd.router.audit.recorder import Recorder, recorder
+from vllm_llmd.router.audit.recording import Began
 from vllm_llmd.router.fleet import Fleet
-from vllm_llmd.router.front import Front, in_openai_shape
 from vllm_llmd.router.ingest import Ingest
 from vllm_llmd.router.observe import Metrics
-from vllm_llmd.router.recorder import Recorder, recorder
-from vllm_llmd.router.recording import Began
+from vllm_llmd.router.placement import plans_cpu
+from vllm_llmd.router.serving.admin import Admin, bearer_guard
+from vllm_llmd.router.serving.context import Context
+from vllm_llmd.router.serving.front import Front, in_openai_shape
 from vllm_llmd.router.settings import RouterSettings, add_arguments, from_args
-from vllm_llmd.router.stock_fleet import StockFleet
-from vllm_llmd.router.stock_observe import StockCollector
+from vllm_llmd.router.stock.fleet import StockFleet
+from vllm_llmd.router.stock.observe import StockCollector
 
 log = logging.getLogger(__name__)
 

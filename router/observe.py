@@ -11,13 +11,13 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from vllm_llmd.names import TIERS
-from vllm_llmd.router.bodies import Bodies
+from vllm_llmd.router.autoscaling.observe import ReplicasCollector
 from vllm_llmd.router.fleet import Fleet
-from vllm_llmd.router.flow import Flow
-from vllm_llmd.router.health import Circuit
-from vllm_llmd.router.membership import Engine, State
-from vllm_llmd.router.replicas_observe import ReplicasCollector
-from vllm_llmd.router.truth import Trust
+from vllm_llmd.router.learning.truth import Trust
+from vllm_llmd.router.members.health import Circuit
+from vllm_llmd.router.members.membership import Engine, State
+from vllm_llmd.router.waiting.bodies import Bodies
+from vllm_llmd.router.waiting.flow import Flow
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 

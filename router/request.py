@@ -16,7 +16,7 @@ import msgspec
 
 from vllm_llmd.errors import LlmdError
 from vllm_llmd.kernels.json_strings_cpu import hollow
-from vllm_llmd.router.selector import Selector
+from vllm_llmd.router.members.selector import Selector
 
 Kind = Literal["chat", "completion"]
 

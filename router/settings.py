@@ -7,8 +7,9 @@ from collections.abc import Mapping
 import msgspec
 
 from vllm_llmd.errors import ConfigError
-from vllm_llmd.router import slo, stock_settings
-from vllm_llmd.router.stock_settings import StockEngine
+from vllm_llmd.router import slo
+from vllm_llmd.router.stock import settings as stock_settings
+from vllm_llmd.router.stock.settings import StockEngine
 
 API_KEY_VARIABLE = "VLLM_LLMD_API_KEY"
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from vllm_llmd.errors import ConfigError
+from vllm_llmd.router.members.selector import Selector, SelectorError, read_selector
 from vllm_llmd.router.request import Facts, RequestError
-from vllm_llmd.router.selector import Selector, SelectorError, read_selector
 
 TTFT: Final = ("x-llmd-slo-ttft-ms", "x-llm-d-slo-ttft-ms", "x-slo-ttft-ms")
 TPOT: Final = ("x-llmd-slo-tpot-ms", "x-llm-d-slo-tpot-ms", "x-slo-tpot-ms")

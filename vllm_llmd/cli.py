@@ -13,8 +13,9 @@ from rich.console import Console
 import vllm_llmd
 from vllm_llmd import launch, model
 from vllm_llmd.errors import ConfigError, LlmdError
-from vllm_llmd.router import replay_command, verify
 from vllm_llmd.router import settings as router_settings
+from vllm_llmd.router.audit import replay_command
+from vllm_llmd.router.index import verify
 from vllm_llmd.sim import settings as sim_settings
 from vllm_llmd.simulate import settings as simulate_settings
 

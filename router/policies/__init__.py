@@ -9,7 +9,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Final
 
 from vllm_llmd.errors import ConfigError
-from vllm_llmd.router import filters
+from vllm_llmd.router.placement import filters
 from vllm_llmd.router.policy import Factory, Policy, PolicySettings
 
 GROUP: Final = "vllm_llmd.policies"

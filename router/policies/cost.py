@@ -11,8 +11,8 @@ import numpy as np
 
 from vllm_llmd.router import policies
 from vllm_llmd.router.candidates import Candidates, Milliseconds
-from vllm_llmd.router.plans import Asked
-from vllm_llmd.router.plans_cpu import Search
+from vllm_llmd.router.placement.plans import Asked
+from vllm_llmd.router.placement.plans_cpu import Search
 from vllm_llmd.router.policy import Choice, Policy, PolicySettings
 from vllm_llmd.router.request import Facts
 

@@ -4,7 +4,7 @@ import json
 from argparse import Namespace
 
 from vllm_llmd.kernels.hash_chain import ROOT, block_name, chain_names, salt_of
-from vllm_llmd.router import verify
+from vllm_llmd.router.index import verify
 
 BLOCK = 32
 

@@ -6,7 +6,7 @@ from argparse import Namespace
 import pytest
 
 from vllm_llmd.kernels.hash_chain import chain_names
-from vllm_llmd.router import verify
+from vllm_llmd.router.index import verify
 
 BLOCK = 32
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from vllm_llmd import wire
-from vllm_llmd.router.sse import Splitter, data_of
+from vllm_llmd.router.upstream.sse import Splitter, data_of
 from vllm_llmd.testing.fake_engine import Behaviour, FakeEngine
 from vllm_llmd.testing.process import ServerProcess
 from vllm_llmd.testing.site import CHAT, COMPLETIONS, Site, chat, until

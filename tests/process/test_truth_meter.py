@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from vllm_llmd.router import truth
+from vllm_llmd.router.learning import truth
 from vllm_llmd.testing.fake_engine import Behaviour, FakeEngine
 from vllm_llmd.testing.site import CHAT, COMPLETIONS, Site, chat, until
 

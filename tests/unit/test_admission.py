@@ -6,15 +6,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_llmd.names import EngineId, Epoch
-from vllm_llmd.router.admission import MARGIN_MS, RECONSIDERED_MS, TICK_MS, Admission, Event, Held, LetGo, Passed
 from vllm_llmd.router.fleet import Fleet
-from vllm_llmd.router.flow import Arrival, Pool, Shed
-from vllm_llmd.router.membership import Placed
+from vllm_llmd.router.members.membership import Placed
+from vllm_llmd.router.placement.prospects import Prospect, Wait
+from vllm_llmd.router.placement.rosters import Wanted
 from vllm_llmd.router.policy import Choice
-from vllm_llmd.router.prospects import Prospect, Wait
-from vllm_llmd.router.rosters import Wanted
 from vllm_llmd.router.settings import RouterSettings
 from vllm_llmd.router.slo import NOTHING, Wish
+from vllm_llmd.router.waiting.admission import (
+    MARGIN_MS,
+    RECONSIDERED_MS,
+    TICK_MS,
+    Admission,
+    Event,
+    Held,
+    LetGo,
+    Passed,
+)
+from vllm_llmd.router.waiting.flow import Arrival, Pool, Shed
 from vllm_llmd.testing.clock import FakeClock
 from vllm_llmd.wire import EngineInfo
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from vllm_llmd.router import replicas_observe
+from vllm_llmd.router.autoscaling import observe
 from vllm_llmd.router.fleet import Fleet
 from vllm_llmd.router.observe import Metrics
 from vllm_llmd.router.settings import RouterSettings, add_arguments, from_args
@@ -84,7 +84,7 @@ def test_queries_select_by_labels_that_the_metric_has() -> None:
         each["spec"]["metrics"][0]["external"]["metric"]["selector"]["matchLabels"] for each in documents("hpa.yaml")
     ]
     used = {label for query in queries for label in re.findall(r"(\w+)=", query)}
-    assert used | {label for selector in selectors for label in selector} == set(replicas_observe.LABELS)
+    assert used | {label for selector in selectors for label in selector} == set(observe.LABELS)
 
 
 def test_the_router_starts_with_these_flags() -> None:

@@ -15,14 +15,14 @@ from vllm_llmd.router import policies
 from vllm_llmd.router.candidates import Candidates, Loads, RateColumns, Roster
 from vllm_llmd.router.decide import decide
 from vllm_llmd.router.fleet import Fleet
-from vllm_llmd.router.membership import MOST, Engine, Placed, State
+from vllm_llmd.router.members.membership import MOST, Engine, Placed, State
+from vllm_llmd.router.members.rates import Rates, packed
 from vllm_llmd.router.observe import Metrics
+from vllm_llmd.router.placement.prospects import prospect
 from vllm_llmd.router.policy import PolicySettings
-from vllm_llmd.router.prospects import prospect
-from vllm_llmd.router.rates import Rates, packed
 from vllm_llmd.router.request import Facts
-from vllm_llmd.router.saturation import Limits, has_room, saturated
 from vllm_llmd.router.settings import RouterSettings
+from vllm_llmd.router.waiting.saturation import Limits, has_room, saturated
 from vllm_llmd.testing.clock import FakeClock
 from vllm_llmd.wire import EngineInfo, Heartbeat, Hello, Load, Refused, Snapshot, decode_link, encode
 

@@ -9,9 +9,9 @@ from vllm_llmd.names import EngineId, Epoch
 from vllm_llmd.router import policies
 from vllm_llmd.router.decide import decide
 from vllm_llmd.router.fleet import Fleet
+from vllm_llmd.router.members.selector import read_selector
 from vllm_llmd.router.policy import PolicySettings
 from vllm_llmd.router.request import Facts
-from vllm_llmd.router.selector import read_selector
 from vllm_llmd.router.settings import RouterSettings
 from vllm_llmd.testing.clock import FakeClock
 from vllm_llmd.wire import EngineInfo, Heartbeat, Hello, Load, Members, Snapshot

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_llmd.router.bodies import SMALL_BYTES, Bodies, BodyTooLarge, Hold, NoRoomForBody
+from vllm_llmd.router.waiting.bodies import SMALL_BYTES, Bodies, BodyTooLarge, Hold, NoRoomForBody
 
 GIB = 1 << 30
 MIB = 1 << 20

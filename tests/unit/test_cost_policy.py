@@ -14,10 +14,10 @@ from vllm_llmd.names import EngineId, Epoch, Role
 from vllm_llmd.router import policies
 from vllm_llmd.router.candidates import Candidates, Loads, RateColumns, Roster
 from vllm_llmd.router.decide import Decision, decide
-from vllm_llmd.router.membership import Engine, State, Stock
+from vllm_llmd.router.members.membership import Engine, State, Stock
+from vllm_llmd.router.members.rates import PRIOR, Rates, packed
 from vllm_llmd.router.policies.cost import Cost
 from vllm_llmd.router.policy import PolicySettings
-from vllm_llmd.router.rates import PRIOR, Rates, packed
 from vllm_llmd.router.request import Facts
 from vllm_llmd.wire import EngineInfo, Load
 

@@ -11,12 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_llmd.names import EngineId, Epoch, Role
-from vllm_llmd.router import explain, policies
-from vllm_llmd.router.barred import Barred, barred, filtered, saturated
+from vllm_llmd.router import policies
+from vllm_llmd.router.audit import explain
+from vllm_llmd.router.audit.barred import Barred, barred, filtered, saturated
+from vllm_llmd.router.audit.decisions import RECORD_BYTES, Decisions, Made, Outcome, Record
 from vllm_llmd.router.decide import decide
-from vllm_llmd.router.decisions import RECORD_BYTES, Decisions, Made, Outcome, Record
-from vllm_llmd.router.filters import Filtered
 from vllm_llmd.router.fleet import Fleet
+from vllm_llmd.router.placement.filters import Filtered
 from vllm_llmd.router.policy import PolicySettings
 from vllm_llmd.router.request import Facts, RequestError
 from vllm_llmd.router.settings import RouterSettings

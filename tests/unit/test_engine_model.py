@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 
 from vllm_llmd.names import EngineId
 from vllm_llmd.router.decide import Decision
-from vllm_llmd.router.engine_model import ENOUGH, Models, first_byte_of
-from vllm_llmd.router.least_squares import FACTOR, LeastSquares
+from vllm_llmd.router.learning.engine_model import ENOUGH, Models, first_byte_of
+from vllm_llmd.router.learning.least_squares import FACTOR, LeastSquares
+from vllm_llmd.router.members.rates import PRIOR
 from vllm_llmd.router.policy import Choice
-from vllm_llmd.router.rates import PRIOR
-from vllm_llmd.router.seen import Measured, Seen
-from vllm_llmd.router.usage import Usage
+from vllm_llmd.router.upstream.seen import Measured, Seen
+from vllm_llmd.router.upstream.usage import Usage
 from vllm_llmd.wire import Load
 
 A, B = EngineId("a"), EngineId("b")

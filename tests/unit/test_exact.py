@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from vllm_llmd.kernels.hash_chain import Names, chain_names, salt_of
-from vllm_llmd.router.agreement import TOO_MANY, Agreement, Guess
-from vllm_llmd.router.exact import Exact
 from vllm_llmd.router.fleet import Fleet
+from vllm_llmd.router.index.agreement import TOO_MANY, Agreement, Guess
 from vllm_llmd.router.observe import Metrics
 from vllm_llmd.router.request import Facts, Kind, Unsupported, read_facts
+from vllm_llmd.router.serving.exact import Exact
 from vllm_llmd.router.settings import RouterSettings
 from vllm_llmd.testing.clock import FakeClock
 

@@ -9,15 +9,16 @@ import numpy as np
 import pytest
 
 from vllm_llmd.names import EngineId, Epoch, Role
-from vllm_llmd.router import filters, policies
-from vllm_llmd.router.barred import barred
+from vllm_llmd.router import policies
+from vllm_llmd.router.audit.barred import barred
 from vllm_llmd.router.candidates import Candidates
 from vllm_llmd.router.decide import Decision, decide, placed
 from vllm_llmd.router.fleet import Fleet
+from vllm_llmd.router.members.selector import read_selector
+from vllm_llmd.router.placement import filters
+from vllm_llmd.router.placement.rosters import KEPT, Wanted
 from vllm_llmd.router.policy import Policy, PolicySettings
 from vllm_llmd.router.request import Facts, RequestError, read_facts
-from vllm_llmd.router.rosters import KEPT, Wanted
-from vllm_llmd.router.selector import read_selector
 from vllm_llmd.router.settings import RouterSettings
 from vllm_llmd.testing.clock import FakeClock
 from vllm_llmd.wire import EngineInfo, Heartbeat, Hello, Load, Snapshot

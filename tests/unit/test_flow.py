@@ -9,7 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_llmd.router.flow import (
+from vllm_llmd.router.placement.rosters import Wanted
+from vllm_llmd.router.slo import Wish
+from vllm_llmd.router.waiting.flow import (
     DEBTS_KEPT,
     EXPECTED_ANSWER_TOKENS,
     LONGEST_RETRY_S,
@@ -21,9 +23,7 @@ from vllm_llmd.router.flow import (
     Shed,
     to_wait,
 )
-from vllm_llmd.router.flow import POOLS as POOLS_MOST
-from vllm_llmd.router.rosters import Wanted
-from vllm_llmd.router.slo import Wish
+from vllm_llmd.router.waiting.flow import POOLS as POOLS_MOST
 
 POOL = Pool(Wanted("m"), False)
 LONG = Pool(Wanted("m"), True)

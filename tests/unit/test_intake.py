@@ -8,8 +8,8 @@ from aiohttp import StreamReader, web
 from aiohttp.base_protocol import BaseProtocol
 from aiohttp.test_utils import make_mocked_request
 
-from vllm_llmd.router import intake
-from vllm_llmd.router.bodies import Bodies, BodyTooLarge
+from vllm_llmd.router.waiting import intake
+from vllm_llmd.router.waiting.bodies import Bodies, BodyTooLarge
 from vllm_llmd.testing.virtual_loop import VirtualLoop
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from vllm_llmd.kernels import json_strings, json_strings_cpu
 from vllm_llmd.router.request import LONG_STRING_BYTES, RequestError, parse_body, read_facts, skim
-from vllm_llmd.router.rewrite import HINT_KEY, asking_for_usage, with_hint
+from vllm_llmd.router.upstream.rewrite import HINT_KEY, asking_for_usage, with_hint
 
 STEM = b"-stem-"
 LEAST = 16

@@ -6,9 +6,9 @@ from hypothesis import strategies as st
 
 from vllm_llmd.names import EngineId, Epoch
 from vllm_llmd.router.candidates import Loads, RateColumns, Roster
-from vllm_llmd.router.ledger import FIRST, Ledger
-from vllm_llmd.router.membership import Membership, Placed
-from vllm_llmd.router.rates import Rates, packed
+from vllm_llmd.router.members.ledger import FIRST, Ledger
+from vllm_llmd.router.members.membership import Membership, Placed
+from vllm_llmd.router.members.rates import Rates, packed
 from vllm_llmd.wire import EngineInfo, Load
 
 

@@ -16,15 +16,15 @@ from vllm_llmd.names import EngineId, Epoch
 from vllm_llmd.router.candidates import Candidates, Loads, RateColumns
 from vllm_llmd.router.decide import decision_of
 from vllm_llmd.router.fleet import Fleet
-from vllm_llmd.router.flow import Arrival, Pool
 from vllm_llmd.router.observe import Metrics
+from vllm_llmd.router.placement.prospects import Prospect, prospect
+from vllm_llmd.router.placement.rosters import Wanted
 from vllm_llmd.router.policy import Choice
-from vllm_llmd.router.prospects import Prospect, prospect
 from vllm_llmd.router.request import Facts
-from vllm_llmd.router.rosters import Wanted
 from vllm_llmd.router.settings import RouterSettings
 from vllm_llmd.router.slo import Wish
-from vllm_llmd.router.waiting_room import WaitingRoom
+from vllm_llmd.router.waiting.flow import Arrival, Pool
+from vllm_llmd.router.waiting.room import WaitingRoom
 from vllm_llmd.testing.virtual_loop import VirtualLoop
 from vllm_llmd.wire import EngineInfo
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_llmd.router.candidates import Candidates, Loads, RateColumns, Roster
-from vllm_llmd.router.misses import LEAST_ERROR, LEAST_MS, NONE, Objectives, late, missed, objectives
+from vllm_llmd.router.placement.misses import LEAST_ERROR, LEAST_MS, NONE, Objectives, late, missed, objectives
 from vllm_llmd.router.request import Facts
 
 times_ms = st.floats(0, 1e12)

@@ -9,13 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_llmd.names import EngineId, Epoch, Role
-from vllm_llmd.router import plans, plans_cpu
 from vllm_llmd.router.candidates import Candidates, Loads, RateColumns, Roster
 from vllm_llmd.router.costs import CHUNK_TOKENS
-from vllm_llmd.router.membership import Engine, State, Stock
-from vllm_llmd.router.plans import ALONE, FETCHED, MORE_IS_CHEAPER, PREFILLED, Asked, Plan
+from vllm_llmd.router.members.membership import Engine, State, Stock
+from vllm_llmd.router.members.rates import PRIOR_ROW
+from vllm_llmd.router.placement import plans, plans_cpu
+from vllm_llmd.router.placement.plans import ALONE, FETCHED, MORE_IS_CHEAPER, PREFILLED, Asked, Plan
 from vllm_llmd.router.policy import Choice
-from vllm_llmd.router.rates import PRIOR_ROW
 from vllm_llmd.router.request import Facts
 from vllm_llmd.wire import EngineInfo
 

@@ -7,14 +7,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_llmd.names import EngineId, Epoch, Role
-from vllm_llmd.router.admission import TICK_MS, Admission, Event, GiveUp, LetGo, Passed
 from vllm_llmd.router.fleet import Fleet
-from vllm_llmd.router.flow import Arrival, Item, Pool, Shed
-from vllm_llmd.router.membership import Engine, Placed
-from vllm_llmd.router.preemption import Running
-from vllm_llmd.router.rosters import Wanted
+from vllm_llmd.router.members.membership import Engine, Placed
+from vllm_llmd.router.placement.rosters import Wanted
 from vllm_llmd.router.settings import RouterSettings
 from vllm_llmd.router.slo import Wish
+from vllm_llmd.router.waiting.admission import TICK_MS, Admission, Event, GiveUp, LetGo, Passed
+from vllm_llmd.router.waiting.flow import Arrival, Item, Pool, Shed
+from vllm_llmd.router.waiting.preemption import Running
 from vllm_llmd.testing.clock import FakeClock
 from vllm_llmd.wire import EngineInfo
 

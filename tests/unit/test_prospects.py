@@ -11,9 +11,9 @@ import pytest
 from vllm_llmd.names import EngineId, Epoch, Role
 from vllm_llmd.router import policies
 from vllm_llmd.router.candidates import Candidates, Loads, RateColumns, Roster
-from vllm_llmd.router.membership import Engine, State
+from vllm_llmd.router.members.membership import Engine, State
+from vllm_llmd.router.placement.prospects import Prospect, prospect
 from vllm_llmd.router.policy import Choice, PolicySettings, note_placed
-from vllm_llmd.router.prospects import Prospect, prospect
 from vllm_llmd.router.request import Facts
 from vllm_llmd.wire import EngineInfo, Load
 

@@ -20,18 +20,19 @@ from hypothesis import strategies as st
 
 from vllm_llmd.errors import ConfigError
 from vllm_llmd.names import EngineId, Epoch, Role
-from vllm_llmd.router import policies, recording
+from vllm_llmd.router import policies
+from vllm_llmd.router.audit import recording
+from vllm_llmd.router.audit.decisions import Decisions, Made, Outcome
+from vllm_llmd.router.audit.recorded import Event, Recorded, Restorer
+from vllm_llmd.router.audit.recorder import Recorder, RecordFile
+from vllm_llmd.router.audit.recording import LENGTH, Began, Ended, Lost, Reader, RecordingError, Writer, framed
 from vllm_llmd.router.candidates import Candidates, Loads, RateColumns, Roster
 from vllm_llmd.router.decide import decide
-from vllm_llmd.router.decisions import Decisions, Made, Outcome
-from vllm_llmd.router.membership import Engine, State, Stock
+from vllm_llmd.router.index.texts import cut
+from vllm_llmd.router.members.membership import Engine, State, Stock
+from vllm_llmd.router.members.rates import Rates, packed
 from vllm_llmd.router.policy import PolicySettings
-from vllm_llmd.router.rates import Rates, packed
-from vllm_llmd.router.recorded import Event, Recorded, Restorer
-from vllm_llmd.router.recorder import Recorder, RecordFile
-from vllm_llmd.router.recording import LENGTH, Began, Ended, Lost, Reader, RecordingError, Writer, framed
 from vllm_llmd.router.request import Facts
-from vllm_llmd.router.text_index import cut
 from vllm_llmd.wire import EngineInfo, Load
 
 BEGAN = Began("0", "cost", 256, 1.0)
@@ -381,7 +382,7 @@ def test_a_full_disk_loses_decisions_that_are_counted_and_no_others(
 def test_a_disk_that_hangs_does_not_fill_the_memory(
     tmp_path: Path, some: list[Made], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vllm_llmd.router.recorder.MOST_BYTES", 20_000)
+    monkeypatch.setattr("vllm_llmd.router.audit.recorder.MOST_BYTES", 20_000)
     recorded, lost = Counts(), Counts()
     recorder = Recorder(RecordFile(tmp_path / "file"), Writer(BEGAN, KEY), recorded, lost)
     ring = Decisions("cost", 10, 1 << 20, lambda: 5.0, recorder)

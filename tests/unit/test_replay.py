@@ -16,18 +16,19 @@ from hypothesis import strategies as st
 from vllm_llmd.cli import run as run_command
 from vllm_llmd.errors import ConfigError
 from vllm_llmd.names import EngineId, Epoch, Role
-from vllm_llmd.router import policies, replay_command
+from vllm_llmd.router import policies
+from vllm_llmd.router.audit import replay_command
+from vllm_llmd.router.audit.decisions import Decisions, Made, Outcome, Record
+from vllm_llmd.router.audit.recording import HEAD, LENGTH, Began, Ended, Lost, Reader, RecordingError, Writer, framed
+from vllm_llmd.router.audit.replay import Prices, Report, ttft_error
 from vllm_llmd.router.candidates import Candidates, Loads, RateColumns, Roster
 from vllm_llmd.router.decide import decision_of, placed
-from vllm_llmd.router.decisions import Decisions, Made, Outcome, Record
-from vllm_llmd.router.membership import Engine, State
-from vllm_llmd.router.plans import UNTIL_FIRST_BYTE
+from vllm_llmd.router.index.texts import cut
+from vllm_llmd.router.members.membership import Engine, State
+from vllm_llmd.router.placement.plans import UNTIL_FIRST_BYTE
+from vllm_llmd.router.placement.prospects import prospect
 from vllm_llmd.router.policy import Choice, Policy, PolicySettings
-from vllm_llmd.router.prospects import prospect
-from vllm_llmd.router.recording import HEAD, LENGTH, Began, Ended, Lost, Reader, RecordingError, Writer, framed
-from vllm_llmd.router.replay import Prices, Report, ttft_error
 from vllm_llmd.router.request import Facts
-from vllm_llmd.router.text_index import cut
 from vllm_llmd.wire import EngineInfo, Load
 
 SEED = 3

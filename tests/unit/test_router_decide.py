@@ -12,7 +12,7 @@ from vllm_llmd.router import policies
 from vllm_llmd.router.candidates import Candidates, Loads, RateColumns, Roster
 from vllm_llmd.router.costs import queue_ms
 from vllm_llmd.router.decide import Decision, decide
-from vllm_llmd.router.membership import Engine, Placed, State
+from vllm_llmd.router.members.membership import Engine, Placed, State
 from vllm_llmd.router.policy import Policy, PolicySettings
 from vllm_llmd.router.request import Facts
 from vllm_llmd.wire import EngineInfo, Load

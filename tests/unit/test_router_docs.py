@@ -7,8 +7,10 @@ import msgspec
 import pytest
 
 from vllm_llmd import wire
-from vllm_llmd.router import cursor, fleet, policies, replay_command
+from vllm_llmd.router import fleet, policies
+from vllm_llmd.router.audit import replay_command
 from vllm_llmd.router.fleet import Fleet
+from vllm_llmd.router.index import cursor
 from vllm_llmd.router.observe import Metrics
 from vllm_llmd.router.settings import RouterSettings
 from vllm_llmd.testing.clock import FakeClock

@@ -21,14 +21,14 @@ from vllm_llmd.router import policies
 from vllm_llmd.router.candidates import Candidates
 from vllm_llmd.router.decide import decide
 from vllm_llmd.router.fleet import Fleet, Reply, Verdict
-from vllm_llmd.router.membership import State
+from vllm_llmd.router.index.prefixes import Difference
+from vllm_llmd.router.members.membership import State
+from vllm_llmd.router.members.rates import PRIOR, packed
 from vllm_llmd.router.policy import PolicySettings
-from vllm_llmd.router.prefix_index import Difference
-from vllm_llmd.router.rates import PRIOR, packed
 from vllm_llmd.router.request import read_facts
-from vllm_llmd.router.seen import Measured
 from vllm_llmd.router.settings import RouterSettings
-from vllm_llmd.router.usage import Usage
+from vllm_llmd.router.upstream.seen import Measured
+from vllm_llmd.router.upstream.usage import Usage
 from vllm_llmd.testing.clock import FakeClock
 
 A = EngineId("a")

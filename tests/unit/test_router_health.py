@@ -4,7 +4,7 @@ import random
 import pytest
 
 from vllm_llmd.names import EngineId, Epoch
-from vllm_llmd.router.health import (
+from vllm_llmd.router.members.health import (
     FAILURES_TO_OPEN,
     FORGIVEN_AFTER_MS,
     OPEN_MOST_MS,
@@ -16,8 +16,8 @@ from vllm_llmd.router.health import (
     Event,
     Health,
 )
-from vllm_llmd.router.membership import Engine, State
-from vllm_llmd.router.outliers import Shape
+from vllm_llmd.router.members.membership import Engine, State
+from vllm_llmd.router.members.outliers import Shape
 from vllm_llmd.wire import EngineInfo
 
 A = EngineId("a")

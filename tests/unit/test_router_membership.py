@@ -4,7 +4,7 @@ import msgspec
 import pytest
 
 from vllm_llmd.names import EngineId, Epoch
-from vllm_llmd.router.membership import TRANSITIONS, Event, Membership, Placed, State
+from vllm_llmd.router.members.membership import TRANSITIONS, Event, Membership, Placed, State
 from vllm_llmd.wire import EngineInfo, Load
 
 A = EngineId("a")

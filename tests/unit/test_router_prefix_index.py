@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from vllm_llmd.kernels.hash_chain import Names
 from vllm_llmd.kernels.prefix_table import BANK_ENGINES, Contents
 from vllm_llmd.names import TIERS, EngineId, Tier
-from vllm_llmd.router.prefix_index import Difference, PrefixIndex
+from vllm_llmd.router.index.prefixes import Difference, PrefixIndex
 
 A, B, C = EngineId("a"), EngineId("b"), EngineId("c")
 engines = st.sampled_from([A, B, C])

@@ -3,7 +3,7 @@ import random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_llmd.router.retries import LONGEST_PAUSE_MS, RESERVE, WINDOW_MS, RetryBudget, pause_ms
+from vllm_llmd.router.upstream.retries import LONGEST_PAUSE_MS, RESERVE, WINDOW_MS, RetryBudget, pause_ms
 
 
 def taken(budget: RetryBudget, now_ms: float) -> int:

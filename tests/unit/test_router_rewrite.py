@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_llmd.router.request import RequestError, parse_body, read_facts
-from vllm_llmd.router.rewrite import (
+from vllm_llmd.router.upstream.rewrite import (
     HINT_KEY,
     asking_for_usage,
     request_headers,

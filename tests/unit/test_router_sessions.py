@@ -2,8 +2,8 @@ import numpy as np
 
 from vllm_llmd.names import EngineId, Epoch
 from vllm_llmd.router.candidates import Roster
-from vllm_llmd.router.membership import Engine, State
-from vllm_llmd.router.sessions import LONGEST_NAME, SESSIONS_KEPT, Last, Sessions, read_session
+from vllm_llmd.router.index.sessions import LONGEST_NAME, SESSIONS_KEPT, Last, Sessions, read_session
+from vllm_llmd.router.members.membership import Engine, State
 from vllm_llmd.wire import EngineInfo
 
 

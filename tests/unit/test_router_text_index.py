@@ -3,8 +3,8 @@ from hypothesis import strategies as st
 
 from vllm_llmd.kernels.hash_chain import chain_names
 from vllm_llmd.names import BlockName
+from vllm_llmd.router.index.texts import Chunks, TextIndex, cut
 from vllm_llmd.router.request import Facts
-from vllm_llmd.router.text_index import Chunks, TextIndex, cut
 
 BLOCK = 4
 CHUNK = 16

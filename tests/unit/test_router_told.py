@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_llmd.router.failover import Way, way_to_continue
 from vllm_llmd.router.request import Kind, read_facts
-from vllm_llmd.router.sse import Splitter, data_of
-from vllm_llmd.router.told import Told
+from vllm_llmd.router.upstream.failover import Way, way_to_continue
+from vllm_llmd.router.upstream.sse import Splitter, data_of
+from vllm_llmd.router.upstream.told import Told
 
 ANSWER = "Grüße aus 東京 — 🎉🎉 and out.".encode()
 """Tokens are bytes, so that many of them have no text of their own."""

@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_llmd.names import EngineId, Epoch
-from vllm_llmd.router import truth
-from vllm_llmd.router.truth import By, Error, Prediction, Trust, Truth, expected, kept_share
-from vllm_llmd.router.usage import Usage
+from vllm_llmd.router.learning import truth
+from vllm_llmd.router.learning.truth import By, Error, Prediction, Trust, Truth, expected, kept_share
+from vllm_llmd.router.upstream.usage import Usage
 
 A = EngineId("a")
 LIFE = Epoch(1)

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from vllm_llmd.router import sse
-from vllm_llmd.router.sse import EVENT_BYTES, Splitter
-from vllm_llmd.router.usage import Asked, Body, Unasked, Usage, read_usage, tells_of_its_prompt
+from vllm_llmd.router.upstream import sse
+from vllm_llmd.router.upstream.sse import EVENT_BYTES, Splitter
+from vllm_llmd.router.upstream.usage import Asked, Body, Unasked, Usage, read_usage, tells_of_its_prompt
 
 FINGERPRINT = b',"system_fingerprint":"vllm-1-ab"'
 DONE = b"data: [DONE]\n\n"

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 
 from vllm_llmd.names import EngineId, Epoch, Role
 from vllm_llmd.router.candidates import Roster
-from vllm_llmd.router.membership import Engine, Placed, State
-from vllm_llmd.router.occupancy import Occupancy
-from vllm_llmd.router.saturation import Limits, has_room, saturated
+from vllm_llmd.router.members.membership import Engine, Placed, State
+from vllm_llmd.router.members.occupancy import Occupancy
+from vllm_llmd.router.waiting.saturation import Limits, has_room, saturated
 from vllm_llmd.wire import EngineInfo, Load
 
 INFO = EngineInfo(EngineId("e"), Epoch(1), "both", "", ["m"], 16, 1000, 4096, "f", [], max_sequences=4)

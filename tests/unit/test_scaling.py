@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_llmd.router.scaling import MOST, PLACED_AMONG, Ability, Demand, Goal, desired, misses, waiting
+from vllm_llmd.router.autoscaling.scaling import MOST, PLACED_AMONG, Ability, Demand, Goal, desired, misses, waiting
 
 ONE = Ability(step_ms=10.0, step_running_ms=0.5, kv_tokens=100_000.0, sequences=256.0)
 GOAL = Goal(missing=0.1, horizon_ms=120_000.0, least=1, most=1000)

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_llmd import labels
+from vllm_llmd.router.members.selector import LONGEST, SelectorError, read_selector
 from vllm_llmd.router.request import RequestError
-from vllm_llmd.router.selector import LONGEST, SelectorError, read_selector
 from vllm_llmd.router.slo import LABELS, read_wish
 
 ENGINE = {"gpu": "h100", "zone": "a", "example.com/tier": "gold", "spot": ""}

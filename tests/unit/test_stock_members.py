@@ -8,9 +8,9 @@ from vllm_llmd.kernels.hash_chain import Names
 from vllm_llmd.kernels.kv_events_plain import Change
 from vllm_llmd.names import BlockName, EngineId, Epoch
 from vllm_llmd.router.fleet import Fleet
-from vllm_llmd.router.membership import State, Stock
+from vllm_llmd.router.members.membership import State, Stock
 from vllm_llmd.router.settings import RouterSettings
-from vllm_llmd.router.stock_members import StockMembers
+from vllm_llmd.router.stock.members import StockMembers
 from vllm_llmd.testing.clock import FakeClock
 from vllm_llmd.wire import EngineInfo, Load
 

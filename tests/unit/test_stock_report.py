@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from vllm_llmd.router.stock_report import Models, read_metrics, read_models
+from vllm_llmd.router.stock.report import Models, read_metrics, read_models
 
 VLLM = """# HELP vllm:num_requests_running Number of requests in model execution batches.
 # TYPE vllm:num_requests_running gauge

@@ -1,6 +1,6 @@
 """Gaps, duplicates and new lives in a stock engine's messages."""
 
-from vllm_llmd.router.stock_sequence import Sequence
+from vllm_llmd.router.stock.sequence import Sequence
 
 
 def test_messages_in_order_are_taken() -> None:

@@ -4,7 +4,7 @@ import pytest
 
 from vllm_llmd.errors import ConfigError
 from vllm_llmd.router.settings import add_arguments, from_args
-from vllm_llmd.router.stock_settings import StockEngine, parse, ranks
+from vllm_llmd.router.stock.settings import StockEngine, parse, ranks
 
 NEEDED = "http=http://h:8000,events=tcp://h:5557"
 

@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 
+from vllm_llmd.router.learning.text_lengths import MODELS_KEPT, TextLengths
 from vllm_llmd.router.request import Facts
-from vllm_llmd.router.text_lengths import MODELS_KEPT, TextLengths
 
 TEXT = Facts("m", None, b"", b"x" * 12_000, 3000, None)
 

@@ -13,7 +13,7 @@ pytest.importorskip("jinja2")
 
 from vllm_llmd.errors import ConfigError  # noqa: E402
 from vllm_llmd.router.request import Unsupported  # noqa: E402
-from vllm_llmd.router.tokenizing import ModelTokenizer  # noqa: E402
+from vllm_llmd.router.serving.tokenizing import ModelTokenizer  # noqa: E402
 
 SPECIALS = ["<s>", "</s>", "<s>x", "<|im_start|>", "<|im_end|>", "<sep>"]
 CORPUS = ["the cache of the engine holds the blocks of a prompt\n  which the router knows", "abc <s> x é 中文 123"] * 3

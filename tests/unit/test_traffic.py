@@ -9,16 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_llmd.names import EngineId, Epoch, Role
+from vllm_llmd.router.autoscaling.demand import PARTS, Window
+from vllm_llmd.router.autoscaling.replicas import Plan
+from vllm_llmd.router.autoscaling.scaling import MOST, PLACED_AMONG
 from vllm_llmd.router.decide import Decision
-from vllm_llmd.router.demand import PARTS, Window
 from vllm_llmd.router.fleet import Fleet
-from vllm_llmd.router.replicas import Plan
 from vllm_llmd.router.request import Facts
-from vllm_llmd.router.scaling import MOST, PLACED_AMONG
-from vllm_llmd.router.seen import Measured, Seen
 from vllm_llmd.router.settings import RouterSettings
 from vllm_llmd.router.slo import NOTHING, Wish
-from vllm_llmd.router.usage import Usage
+from vllm_llmd.router.upstream.seen import Measured, Seen
+from vllm_llmd.router.upstream.usage import Usage
 from vllm_llmd.testing.clock import FakeClock
 from vllm_llmd.wire import EngineInfo, Load
 

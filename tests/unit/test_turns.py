@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_llmd.router.slo import MOST_URGENT, Wish
-from vllm_llmd.router.turns import STRETCH, band_of, due_ms, priority
+from vllm_llmd.router.upstream.turns import STRETCH, band_of, due_ms, priority
 
 NOW_MS = 1_790_000_000_000.0
 works = st.floats(0, 1e6)

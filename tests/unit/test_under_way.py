@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_llmd.names import EngineId
+from vllm_llmd.router.index.texts import cut
+from vllm_llmd.router.index.under_way import LOOKED_AT, UnderWay, shared
 from vllm_llmd.router.request import Facts
-from vllm_llmd.router.text_index import cut
-from vllm_llmd.router.under_way import LOOKED_AT, UnderWay, shared
 
 A, B = EngineId("a"), EngineId("b")
 NOTHING = Facts("m", None, b"", b"", 0, None)

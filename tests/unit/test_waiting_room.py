@@ -9,13 +9,13 @@ import pytest
 from vllm_llmd.clock import MonotonicClock
 from vllm_llmd.names import EngineId, Epoch
 from vllm_llmd.router.fleet import Fleet
-from vllm_llmd.router.flow import Arrival, Pool, Shed
-from vllm_llmd.router.membership import Engine, Placed
+from vllm_llmd.router.members.membership import Engine, Placed
 from vllm_llmd.router.observe import Metrics
-from vllm_llmd.router.rosters import Wanted
+from vllm_llmd.router.placement.rosters import Wanted
 from vllm_llmd.router.settings import RouterSettings
 from vllm_llmd.router.slo import Wish
-from vllm_llmd.router.waiting_room import WaitingRoom
+from vllm_llmd.router.waiting.flow import Arrival, Pool, Shed
+from vllm_llmd.router.waiting.room import WaitingRoom
 from vllm_llmd.wire import EngineInfo
 
 AT_A_TIME = 3

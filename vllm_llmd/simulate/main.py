@@ -15,7 +15,8 @@ import msgspec
 from vllm_llmd.errors import ConfigError
 from vllm_llmd.kernels import hash_chain_cpu, prefix_table_cpu
 from vllm_llmd.program import write_file
-from vllm_llmd.router import plans_cpu, policies
+from vllm_llmd.router import policies
+from vllm_llmd.router.placement import plans_cpu
 from vllm_llmd.router.policy import Policy, PolicySettings
 from vllm_llmd.router.settings import RouterSettings
 from vllm_llmd.simulate import traffic

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from vllm_llmd.names import EngineId
-from vllm_llmd.router.flow import Reason
+from vllm_llmd.router.waiting.flow import Reason
 from vllm_llmd.simulate.settings import Slo
 
 

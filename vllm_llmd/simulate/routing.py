@@ -5,19 +5,19 @@ from dataclasses import dataclass, replace
 
 from vllm_llmd.clock import Clock
 from vllm_llmd.names import EngineId
-from vllm_llmd.router import turns
-from vllm_llmd.router.admission import Admission
 from vllm_llmd.router.candidates import Candidates
 from vllm_llmd.router.decide import Decision, decision_of, placed
 from vllm_llmd.router.fleet import Fleet
-from vllm_llmd.router.flow import Arrival
-from vllm_llmd.router.membership import Engine
+from vllm_llmd.router.members.membership import Engine
+from vllm_llmd.router.placement.prospects import Prospect, prospect
 from vllm_llmd.router.policy import Policy
-from vllm_llmd.router.prospects import Prospect, prospect
 from vllm_llmd.router.request import Facts
-from vllm_llmd.router.seen import Measured
 from vllm_llmd.router.settings import RouterSettings
 from vllm_llmd.router.slo import NOTHING, Wish, still_due, with_wish
+from vllm_llmd.router.upstream import turns
+from vllm_llmd.router.upstream.seen import Measured
+from vllm_llmd.router.waiting.admission import Admission
+from vllm_llmd.router.waiting.flow import Arrival
 from vllm_llmd.simulate.trace import Tokens
 from vllm_llmd.wire import LinkMessage
 
@@ -44,7 +44,7 @@ class _Planned:
 
 
 class Routing:
-    """Does for a request what `router/front.py` and `router/dispatch.py` do, without HTTP."""
+    """Does for a request what `router/serving/front.py` and `router/serving/dispatch.py` do, without HTTP."""
 
     def __init__(self, settings: RouterSettings, clock: Clock, policy: Policy) -> None:
         self.fleet = Fleet(settings, clock, "simulated")

@@ -14,9 +14,9 @@ from vllm_llmd.errors import ConfigError
 from vllm_llmd.kernels.hash_chain_cpu import chain_names
 from vllm_llmd.names import BlockName, EngineId
 from vllm_llmd.router.decide import Decision
-from vllm_llmd.router.flow import Shed
-from vllm_llmd.router.seen import Measured
-from vllm_llmd.router.usage import Usage
+from vllm_llmd.router.upstream.seen import Measured
+from vllm_llmd.router.upstream.usage import Usage
+from vllm_llmd.router.waiting.flow import Shed
 from vllm_llmd.sim.requests import Report, SimRequest
 from vllm_llmd.sim.transfer import Transfer, order_tokens
 from vllm_llmd.simulate.events import Events

@@ -1,11 +1,11 @@
-"""The router's waiting room in virtual time: its rules are `router/admission.py`, its timer an event. Pure."""
+"""The router's waiting room in virtual time: its rules are `router/waiting/admission.py`, its timer an event. Pure."""
 
 from collections.abc import Callable, Sequence
 
 from vllm_llmd.names import EngineId
-from vllm_llmd.router.admission import TICK_MS, Admission, Event, LetGo, Passed, Plan
-from vllm_llmd.router.flow import Arrival, Shed
 from vllm_llmd.router.slo import Wish
+from vllm_llmd.router.waiting.admission import TICK_MS, Admission, Event, LetGo, Passed, Plan
+from vllm_llmd.router.waiting.flow import Arrival, Shed
 from vllm_llmd.simulate.events import Events
 
 Then = Callable[[Shed | None], None]

@@ -1,0 +1,1 @@
+"""How many engines the traffic takes."""
