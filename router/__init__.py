@@ -1,1 +1,1 @@
-"""The router process: OpenAI front door, membership, prefix index, picker."""
+"""The router process. `decide` is where to begin; docs/structure.md has a map of the folders."""

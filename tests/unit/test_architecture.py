@@ -202,6 +202,14 @@ HOMES: dict[str, tuple[str, ...]] = {
 }
 """Third party -> the files, or folders and beginnings of file names, that may import it."""
 
+ROUTER = (
+    "members", "zmq_receive", "stock/settings", "request", "candidates", "slo", "settings", "policy", "costs", "picker",
+    "upstream", "decide", "index", "index/verify", "placement", "policies", "learning", "autoscaling", "fleet",
+    "autoscaling/observe", "audit", "waiting", "observe", "waiting/room", "ingest", "stock", "serving", "main",
+)  # fmt: skip
+"""The router's folders and top modules in order: each imports only of those before it. Four modules have places of
+their own: what flags say is read first of all, and metrics and commands look at what their folder's rest is part of."""
+
 SPEAKS_TO_A_PERSON = ("vllm_llmd/cli.py", "vllm_llmd/demo.py", "vllm_llmd/launch", "vllm_llmd/model.py")
 
 
@@ -271,6 +279,28 @@ def test_values_import_nothing_of_ours_but_values(name: str) -> None:
 def test_the_router_imports_neither_vllm_nor_torch_nor_the_connector(source: str) -> None:
     assert offences(source, {"vllm", "torch", "nixl", "transformers"}) == []
     assert [each for each in ours(source) if each.module.startswith("vllm_llmd.kv_connector")] == []
+
+
+def part_of_router(path: str) -> str:
+    """Where a module of the router, or what is imported from one, stands in ROUTER."""
+    return max((part for part in ROUTER if f"{path}/".startswith(f"{part}/")), key=len, default=path)
+
+
+def inside_router(source: str) -> str:
+    return source.removeprefix("router/").removesuffix(".py").removesuffix("/__init__")
+
+
+def test_every_module_of_the_router_has_its_place() -> None:
+    modules = [inside_router(source) for source in in_folder("router") if source != "router/__init__.py"]
+    assert {part_of_router(module) for module in modules} == {*ROUTER}
+
+
+@pytest.mark.parametrize("source", sorted({*in_folder("router")} - {"router/__init__.py"}))
+def test_no_part_of_the_router_imports_what_comes_after_it(source: str) -> None:
+    place = ROUTER.index(part_of_router(inside_router(source)))
+    of_router = [each.module for each in ours(source) if each.module.startswith("vllm_llmd.router.")]
+    parts = [part_of_router(module.removeprefix("vllm_llmd.router.").replace(".", "/")) for module in of_router]
+    assert [part for part in parts if ROUTER.index(part) > place] == []
 
 
 @pytest.mark.parametrize("source", in_folder("kv_connector"))

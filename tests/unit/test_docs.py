@@ -120,10 +120,17 @@ def test_every_function_that_is_named_exists(document: Path) -> None:
         assert not name or name in defined(ROOT / path), f"{path}:{name}"
 
 
-def test_every_file_of_the_connector_is_on_the_map() -> None:
-    on_the_map = {path for path, _ in MENTION.findall((ROOT / "docs/structure.md").read_text())}
-    files = {f"kv_connector/{path.name}" for path in (ROOT / "kv_connector").glob("*.py")}
-    assert files - {"kv_connector/__init__.py"} - on_the_map == set()
+@pytest.mark.parametrize("folder", ["kv_connector", "router"])
+def test_every_file_is_on_the_map(folder: str) -> None:
+    maps = (ROOT / "docs/structure.md").read_text().partition("## A map of")[2]
+    on_the_map = {path for path, _ in MENTION.findall(maps)}
+    files = {path.relative_to(ROOT).as_posix() for path in (ROOT / folder).rglob("*.py") if path.stem != "__init__"}
+    assert files - on_the_map == set()
+
+
+def test_every_folder_of_the_router_is_on_the_map() -> None:
+    on_the_map = re.findall(r"^\| \[`(\w+)/`\]", (ROOT / "docs/structure.md").read_text(), flags=re.M)
+    assert sorted(on_the_map) == sorted(path.parent.name for path in (ROOT / "router").glob("*/__init__.py"))
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.name)
