@@ -16,7 +16,7 @@ from vllm_llmd.errors import LaunchError
 from vllm_llmd.fleet import Fleet, Status
 from vllm_llmd.launch_spec import FleetSpec, engines_by_role
 
-DEADLINE_S = 120.0
+DEADLINE_S = 280.0
 MARK = "VLLM_LLMD_TEST_MARK"
 
 ENGINE = """
