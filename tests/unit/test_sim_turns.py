@@ -254,7 +254,7 @@ def told(at: Bench) -> tuple[object, ...]:
     return at.steps, at.first_ms, [each.id for each in at.finished], at.model.counts
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(DRAWN, st.integers(35, 80), st.integers(1, 5), st.integers(-3, 3))
 def test_where_all_have_the_same_turn_it_is_the_order_of_arrival(
     drawn: list[Drawn], blocks: int, sequences: int, priority: int
@@ -264,7 +264,7 @@ def test_where_all_have_the_same_turn_it_is_the_order_of_arrival(
     assert told(play(alike, limits)) == told(play(drawn, replace(limits, policy="fcfs")))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(DRAWN, st.sets(st.integers(0, 11)))
 def test_that_holds_where_some_wait_for_kv_too(drawn: list[Drawn], sources: set[int]) -> None:
     alike = [replace(each, priority=0) for each in drawn]
@@ -272,7 +272,7 @@ def test_that_holds_where_some_wait_for_kv_too(drawn: list[Drawn], sources: set[
     assert told(play(alike, limits, [*sources])) == told(play(drawn, replace(limits, policy="fcfs"), [*sources]))
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(DRAWN, st.sets(st.integers(0, 11)), st.integers(35, 80), st.integers(1, 5))
 def test_everyone_finishes_and_no_block_is_lost(
     drawn: list[Drawn], sources: set[int], blocks: int, sequences: int
@@ -284,7 +284,7 @@ def test_everyone_finishes_and_no_block_is_lost(
     assert all(sum(step.values()) <= 16 for step in at.steps)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(DRAWN)
 def test_no_block_is_computed_twice_where_there_is_room_for_all(drawn: list[Drawn]) -> None:
     """But for the block of a prompt's last token, which is computed even if it is cached."""
@@ -294,7 +294,7 @@ def test_no_block_is_computed_twice_where_there_is_room_for_all(drawn: list[Draw
     assert twins <= sum(each.shared == each.prompt and each.prompt % BLOCK == 0 for each in drawn)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.integers(33, 300), st.integers(1, 31), st.integers(0, 200), st.integers(3, 12))
 def test_nobody_waits_longer_than_until_those_that_come_are_due_later(
     prompt: int, short: int, due_ms: int, every_ms: int
