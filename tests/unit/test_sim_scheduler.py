@@ -183,6 +183,29 @@ def test_an_aborted_request_gives_its_blocks_back_wherever_it_was() -> None:
     assert not at.model.running and not at.model.waiting and not at.model.parked and not at.done_ms
 
 
+def test_one_that_is_aborted_in_the_step_in_which_another_ends_gives_its_blocks_back() -> None:
+    at = bench()
+    at.submit(ask("ends", 8, 1), ask("left", 8, 50))
+    at.model.step(0.0)
+    at.model.abort("left", 5.0)
+    at.now_ms = 5.0
+    at.run()
+    assert list(at.done_ms) == ["ends"]
+    assert at.model.pool.free == 64
+
+
+def test_what_the_step_under_way_computes_counts_as_computed() -> None:
+    at, request = bench(), ask("a", 80)
+    assert at.model.uncomputed(request) == 80
+    at.submit(request)
+    at.model.step(0.0)
+    assert at.model.uncomputed(request) == 80 - 32
+    at.run(10.0)
+    assert at.model.uncomputed(request) == 80 - 64
+    at.run()
+    assert at.done_ms and at.model.uncomputed(request) == 80, "its blocks are gone"
+
+
 def test_a_source_is_asked_for_what_is_not_cached_and_the_rest_is_computed() -> None:
     at = bench()
     at.submit(ask("first", 8, names=[1, 2]))

@@ -79,6 +79,11 @@ class Scheduler:
         """Prompt tokens of all requests that have no block yet, whoever computes them."""
         return sum(max(each.prompt_tokens - each.computed, 0) for each in (*self.running, *self.waiting))
 
+    def uncomputed(self, request: SimRequest) -> int:
+        """How many tokens of its prompt will still not be computed when the step under way has ended."""
+        in_step = sum(tokens for each, tokens in self._batch if each is request)
+        return max(request.prompt_tokens - request.computed - in_step, 0)
+
     def submit(self, request: SimRequest, now_ms: float) -> None:
         """A request arrives. Raises ConfigError if it can never fit."""
         most = self.limits.max_tokens
@@ -138,7 +143,7 @@ class Scheduler:
 
     def _begin(self, now_ms: float, report: Report) -> None:
         self._batch = []
-        self._drop_aborted()
+        self._drop_gone()
         if self.limits.policy == "priority":
             self._begin_turns()
         before = self.counts.preemptions
@@ -162,7 +167,8 @@ class Scheduler:
         first = heapq.nsmallest(MOST_WAITING, self._waiting) if partial and seats > 0 else []
         self._turns.begin(partial, [request for _, request in first if not request.gone], self.pool.free)
 
-    def _drop_aborted(self) -> None:
+    def _drop_gone(self) -> None:
+        """Those that run and are over, or were aborted meanwhile."""
         gone = [request for request in self.running if request.gone]
         if gone:
             self.running = [request for request in self.running if not request.gone]
@@ -329,9 +335,8 @@ class Scheduler:
             for request in report.finished:
                 request.gone = True
                 self._known.pop(request.id)
-                self._release(request)
             self.counts.finished_requests += len(report.finished)
-            self.running = [request for request in self.running if not request.gone]
+            self._drop_gone()
 
     # --- blocks and queues --------------------------------------------------------------------------------------
 
