@@ -98,6 +98,19 @@ class Roster:
     def place_of(self) -> dict[EngineId, int]:
         return {engine.info.id: place for place, engine in enumerate(self.engines)}
 
+    @cached_property
+    def decoding(self) -> Mapping[EngineId, Engine]:
+        """The decoders by name."""
+        return self._named(self.decoders)
+
+    @cached_property
+    def prefilling(self) -> Mapping[EngineId, Engine]:
+        """The prefillers by name."""
+        return self._named(self.prefillers)
+
+    def _named(self, places: Places) -> dict[EngineId, Engine]:
+        return {self.engines[place].info.id: self.engines[place] for place in places}
+
     def coming(self, tokens: Mapping[EngineId, int], held: Counts) -> Counts | None:
         """Blocks after those held, of those that will be in caches; None if there are none."""
         places = [(self.place_of[engine], each) for engine, each in tokens.items() if engine in self.place_of]

@@ -4,7 +4,7 @@ from collections import Counter as Tally
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import product
-from typing import Literal, get_args
+from typing import get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -16,6 +16,7 @@ from vllm_llmd.router.fleet import Fleet
 from vllm_llmd.router.learning.truth import Trust
 from vllm_llmd.router.members.health import Circuit
 from vllm_llmd.router.members.membership import Engine, State
+from vllm_llmd.router.slo import Band, band
 from vllm_llmd.router.waiting.bodies import Bodies
 from vllm_llmd.router.waiting.flow import Flow
 
@@ -24,15 +25,7 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _ERROR_BUCKETS = (-16_384, -4096, -1024, -256, -64, -1, 0, 64, 256, 1024, 4096, 16_384)
 """What is between -1 and 0 was predicted exactly."""
 
-Band = Literal["best_effort", "normal", "high"]
-"""Priorities below, at and above 0: as many as clients may name would make too many series."""
-
 _TTFT_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
-
-
-def band(priority: int) -> Band:
-    """How a priority is labelled."""
-    return "normal" if not priority else "high" if priority > 0 else "best_effort"
 
 
 class _FleetCollector(Collector):

@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import Final, Literal
 
 from vllm_llmd.errors import ConfigError
 from vllm_llmd.router.members.selector import Selector, SelectorError, read_selector
@@ -25,6 +25,9 @@ LABELS: Final = "x-llmd-engine-labels"
 MOST_MS: Final = 3_600_000
 MOST_URGENT: Final = 1000
 LONGEST_TENANT: Final = 256
+
+Band = Literal["best_effort", "normal", "high"]
+"""Priorities below, at and above 0: as many as clients may name would make too many series."""
 
 _KNOWN: Final = frozenset((*TTFT, *TPOT, PRIORITY, *OBJECTIVE, *TENANT, TTL_MS, TTL, LABELS))
 _NUMBER: Final = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?", re.ASCII)
@@ -50,6 +53,11 @@ class Wish:
 
 
 NOTHING: Final = Wish()
+
+
+def band(priority: int) -> Band:
+    """How a priority is labelled."""
+    return "normal" if not priority else "high" if priority > 0 else "best_effort"
 
 
 def read_wish(headers: Iterable[tuple[str, str]], objectives: Mapping[str, int]) -> Wish:

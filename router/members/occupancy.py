@@ -1,6 +1,6 @@
 """What this router itself has in flight at one life of an engine. Pure; believes nobody."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 
 @dataclass
@@ -35,11 +35,16 @@ class Occupancy:
     def own_tokens(self) -> int:
         return self.tokens - self.supplying_tokens
 
-    def copied(self, report_ms: float) -> "Occupancy":
-        """Another one, in which things may be tried, after the engine's latest report of `report_ms`."""
-        copy = replace(self, _prefills=dict(self._prefills), _supplying=dict(self._supplying))
-        copy.reported(report_ms)
-        return copy
+    def supposed(self, report_ms: float) -> "Supposed":
+        """The same, to try things out in, after the engine's latest report of `report_ms`."""
+        self.reported(report_ms)
+        return Supposed(self, len(self), self.tokens, self.newer_requests, self.newer_tokens)
+
+    def share(self, request: str) -> tuple[int, int]:
+        """Requests and prompt tokens that it counts for."""
+        if request not in self._prefills:
+            return 0, 0
+        return 1, self._prefills[request] or 0
 
     def reported(self, report_ms: float) -> None:
         """The engine's latest report is of `report_ms`; it covers what was before."""
@@ -82,5 +87,35 @@ class Occupancy:
             self._count(-prefill_tokens)
 
     def _count(self, tokens: int) -> None:
+        self.tokens += tokens
+        self.newer_tokens += tokens
+
+
+@dataclass
+class Supposed:
+    """What would be in flight if some of `real` was not, or if there was more: numbers, which cost little to change."""
+
+    real: Occupancy
+    requests: int
+    tokens: int
+    newer_requests: int
+    newer_tokens: int
+
+    def __len__(self) -> int:
+        return self.requests
+
+    def without(self, request: str) -> None:
+        """That one has gone."""
+        requests, tokens = self.real.share(request)
+        self.more(-requests, -tokens)
+
+    def again(self, request: str) -> None:
+        """It is back."""
+        self.more(*self.real.share(request))
+
+    def more(self, requests: int, tokens: int) -> None:
+        """So much more is there, or less."""
+        self.requests += requests
+        self.newer_requests += requests
         self.tokens += tokens
         self.newer_tokens += tokens

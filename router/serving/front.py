@@ -14,14 +14,13 @@ from aiohttp.typedefs import Handler
 from vllm_llmd.clock import unix_ms
 from vllm_llmd.router.audit import explain
 from vllm_llmd.router.index.sessions import read_session
-from vllm_llmd.router.observe import band
 from vllm_llmd.router.request import Kind, RequestError, read_facts, skim, without_prompt
 from vllm_llmd.router.serving import replies
 from vllm_llmd.router.serving.call import Call
 from vllm_llmd.router.serving.context import Context
 from vllm_llmd.router.serving.dispatch import Dispatcher
 from vllm_llmd.router.serving.exact import Exact
-from vllm_llmd.router.slo import Wish, read_wish, with_wish
+from vllm_llmd.router.slo import Wish, band, read_wish, with_wish
 from vllm_llmd.router.upstream import rewrite
 from vllm_llmd.router.upstream.failover import way_to_continue
 from vllm_llmd.router.upstream.turns import band_of

@@ -7,7 +7,7 @@ engines have by then. `flow.Flow` decides who, `prospects` what for; whoever dri
 import heapq
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -160,7 +160,7 @@ class Admission:
     def _take_in(self, guest: _Guest, now_ms: float) -> list[Event]:
         pool = guest.item.pool
         if self._let_go is not None or self.flow.waiting(pool) or not self._has_room(now_ms, pool):
-            return [*self._enter(guest), *self._given_up_for(guest, now_ms)]
+            return [*self._enter(guest), *self._given_up_for([guest], now_ms)]
         prospect = guest.plan()
         if prospect is None or not self.flow.fits(guest.item):  # it goes, for want of room to wait
             return [Passed(guest.item)]
@@ -203,12 +203,13 @@ class Admission:
             self._forget(shed.item.id)
         return [*sheds]
 
-    def _given_up_for(self, guest: _Guest, now_ms: float) -> list[Event]:
-        """Best effort gives way to it, if it waits for want of room."""
-        if guest.item.id not in self._guests or guest.line is not None or self._let_go is not None:
+    def _given_up_for(self, guests: Iterable[_Guest], now_ms: float) -> list[Event]:
+        """Best effort gives way to those of them that wait for want of room."""
+        if not len(self.preemption) or self._let_go is not None:
             return []
-        roster = self._fleet.roster(guest.item.pool.wanted)
-        return [GiveUp(item) for item in self.preemption.victims(guest.item, roster, now_ms)]
+        waiting = [guest.item for guest in guests if guest.item.id in self._guests and guest.line is None]
+        waiters = ((item, self._fleet.roster(item.pool.wanted)) for item in waiting)
+        return [GiveUp(item) for item in self.preemption.victims(waiters, now_ms)]
 
     def _forget(self, request: str) -> None:
         self.preemption.waits_no_more(request)
@@ -271,7 +272,7 @@ class Admission:
             return []
         waiting = (guest for guest in self._guests.values() if guest.item.priority >= 0)
         first = heapq.nsmallest(MOVED, waiting, key=lambda guest: (-guest.item.priority, guest.item.deadline_ms))
-        return [event for guest in first for event in self._given_up_for(guest, now_ms)]
+        return self._given_up_for(first, now_ms)
 
     def go_on(self, now_ms: float) -> list[Event]:
         """The one before is placed."""

@@ -9,10 +9,10 @@ from vllm_llmd.names import EngineId
 from vllm_llmd.router.candidates import Roster
 from vllm_llmd.router.fleet import Fleet
 from vllm_llmd.router.members.membership import Engine
-from vllm_llmd.router.observe import Metrics, band
+from vllm_llmd.router.observe import Metrics
 from vllm_llmd.router.request import Facts
 from vllm_llmd.router.settings import RouterSettings
-from vllm_llmd.router.slo import Wish
+from vllm_llmd.router.slo import Wish, band
 from vllm_llmd.router.waiting.admission import TICK_MS, Admission, Event, GiveUp, Held, LetGo, Passed, Plan
 from vllm_llmd.router.waiting.flow import Arrival, Item, Shed
 from vllm_llmd.router.waiting.in_flight import InFlight

@@ -4,11 +4,13 @@ A report counts only while it is fresh, and never against an engine in which thi
 that is stuck or wrong may slow requests down, but cannot stop them.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from vllm_llmd.router.candidates import Places, Roster
+from vllm_llmd.names import EngineId
+from vllm_llmd.router.candidates import Roster
 from vllm_llmd.router.members.membership import Engine
-from vllm_llmd.router.members.occupancy import Occupancy
+from vllm_llmd.router.members.occupancy import Occupancy, Supposed
 
 
 @dataclass(frozen=True)
@@ -27,28 +29,31 @@ class Limits:
 
 def saturated(engine: Engine, limits: Limits, now_ms: float) -> bool:
     """Whether requests should rather wait in the router. Never if little is in flight there."""
-    return would_be_saturated(engine, engine.occupancy, limits, now_ms)
+    own = engine.occupancy
+    if own.report_ms != engine.load_at_ms:
+        own.reported(engine.load_at_ms)
+    return would_be_saturated(engine, own, limits, now_ms)
 
 
-def would_be_saturated(engine: Engine, own: Occupancy, limits: Limits, now_ms: float) -> bool:
-    """The same if this router had that in flight there."""
-    load = engine.load
-    if len(own) <= limits.engine_queue and own.tokens < limits.prefill_tokens:
+def would_be_saturated(engine: Engine, own: Occupancy | Supposed, limits: Limits, now_ms: float) -> bool:
+    """The same if this router had that in flight there, of which it knows what the latest report covers."""
+    requests = len(own)
+    if requests <= limits.engine_queue and own.tokens < limits.prefill_tokens:
         return False
     slots = engine.info.max_sequences or limits.engine_requests
-    if len(own) >= slots + limits.engine_queue:
+    if requests >= slots + limits.engine_queue:
         return True
-    own.reported(engine.load_at_ms)
+    load = engine.load
     fresh = engine.load_at_ms > 0 and now_ms - engine.load_at_ms <= limits.fresh_ms
-    tokens = min(own.tokens, max(load.prefill_tokens + own.newer_tokens, 0)) if fresh else own.tokens
-    if tokens >= limits.prefill_tokens:
+    most = limits.prefill_tokens
+    if own.tokens >= most and (not fresh or max(load.prefill_tokens + own.newer_tokens, 0) >= most):
         return True
-    if not fresh or len(own) <= limits.engine_queue:
+    if not fresh or requests <= limits.engine_queue:
         return False
     return _beyond(engine, own, slots) >= max(limits.engine_queue, 1)
 
 
-def _beyond(engine: Engine, own: Occupancy, slots: int) -> int:
+def _beyond(engine: Engine, own: Occupancy | Supposed, slots: int) -> int:
     """How many requests it has that it cannot run, for want of slots or of memory."""
     load, newer = engine.load, own.newer_requests
     cannot_tell = engine.info.max_sequences is None
@@ -62,12 +67,11 @@ def has_room(roster: Roster, needs_source: bool, limits: Limits, now_ms: float) 
 
     True where there is no engine at all: waiting for one is not what a queue is for.
     """
-    if not _any_free(roster, roster.decoders, limits, now_ms):
-        return not len(roster.decoders)
-    if not needs_source or not len(roster.prefillers):
-        return True
-    return _any_free(roster, roster.prefillers, limits, now_ms)
+    if not any_free(roster.decoding, limits, now_ms):
+        return not roster.decoding
+    return not needs_source or not roster.prefilling or any_free(roster.prefilling, limits, now_ms)
 
 
-def _any_free(roster: Roster, places: Places, limits: Limits, now_ms: float) -> bool:
-    return any(not saturated(roster.engines[place], limits, now_ms) for place in places)
+def any_free(engines: Mapping[EngineId, Engine], limits: Limits, now_ms: float) -> bool:
+    """Whether one of them is not saturated."""
+    return any(not saturated(engine, limits, now_ms) for engine in engines.values())

@@ -180,6 +180,38 @@ def test_who_gives_way_in_vain_is_followed_by_another() -> None:
     assert given_up(place.core.tick(place.now_ms)) == ["0"]
 
 
+def test_nobody_is_given_up_again_before_it_has_gone() -> None:
+    place = Place()
+    place.run("0", -1, "a")
+    place.run("1", -1, "a")
+    assert place.ask("x") == ["1"]
+    assert place.core.leave("x") is False, "its client has gone"
+    assert place.ask("y") == [], "there will be room for it"
+    place.end("1")
+    [gone] = place.core.look(EngineId("a"), place.now_ms)
+    assert isinstance(gone, LetGo) and gone.item.id == "y"
+
+
+def test_the_room_that_one_leaves_is_for_as_many_as_fit() -> None:
+    place = Place({"a": "both", "b": "both"})
+    place.run("0", -1, "b")
+    place.run("1", -1, "b")
+    place.run("large", -1, "a", tokens=1000)
+    assert place.ask("x") == ["large"]
+    assert place.ask("y") == []
+    assert place.ask("z") == ["1"]
+
+
+@given(st.lists(st.integers(-3, 1), min_size=2, max_size=12).filter(lambda priorities: len(priorities) % 2 == 0))
+def test_of_all_that_engines_have_the_lowest_and_latest_goes(priorities: list[int]) -> None:
+    names = [f"e{number}" for number in range(len(priorities) // 2)]
+    place = Place(dict.fromkeys(names, "both"))
+    for number, priority in enumerate(priorities):
+        place.run(str(number), priority, names[number % len(names)])
+    best_effort = [(priority, -number) for number, priority in enumerate(priorities) if priority < 0]
+    assert place.ask("x") == ([str(-min(best_effort)[1])] if best_effort else [])
+
+
 def test_nobody_goes_who_would_find_the_queue_full() -> None:
     place = Place(queue=2)
     place.run("0", -1, "a")

@@ -109,6 +109,8 @@ def test_no_report_hides_what_this_router_has_in_flight(lie: int) -> None:
 
 
 def room(*engines: Engine, needs_source: bool = True) -> bool:
+    for number, each in enumerate(engines):
+        each.info = msgspec.structs.replace(each.info, id=EngineId(str(number)))
     return has_room(Roster.of(engines, "m"), needs_source, LIMITS, 0.0)
 
 
@@ -163,3 +165,33 @@ def test_what_is_in_flight_adds_up_whatever_comes_and_goes(told: list[tuple[str,
     assert (len(made), made.own_requests) == (len(open_tokens) + len(answering), len(own))
     assert (made.tokens, made.answering_requests) == (sum(open_tokens.values()), len(answering))
     assert made.own_tokens == sum(tokens for request, tokens in open_tokens.items() if request in own)
+
+
+changes = st.tuples(st.sampled_from(["gone", "back", "more"]), st.integers(0, 4), st.integers(0, 9))
+
+
+@given(st.lists(steps), st.lists(changes))
+def test_what_would_be_in_flight_is_what_will_be(
+    told: list[tuple[str, int, int]], tried: list[tuple[str, int, int]]
+) -> None:
+    made, gone, more = Occupancy(), set[int](), dict[str, int]()
+    for what, request, tokens in told:
+        getattr(made, what)(str(request), *([tokens] if what in ("sent", "supplies") else []))
+    supposed = made.supposed(7.0)
+    for number, (what, request, tokens) in enumerate(tried):
+        if what == "gone" and request not in gone:
+            supposed.without(str(request))
+            gone.add(request)
+        elif what == "back" and request in gone:
+            supposed.again(str(request))
+            gone.remove(request)
+        elif what == "more":
+            supposed.more(1, tokens)
+            more[f"more {number}"] = tokens
+    for request in gone:
+        made.ended(str(request))
+    for name, tokens in more.items():
+        made.sent(name, tokens)
+    assert len(supposed) == len(made)
+    assert (supposed.tokens, supposed.newer_tokens) == (made.tokens, made.newer_tokens)
+    assert supposed.newer_requests == made.newer_requests
