@@ -274,6 +274,8 @@ def test_a_policy_is_told_what_is_left_of_the_time_until_the_first_token() -> No
         (("--synthetic", "5", "--rate", "1", "--speedup", "2"), "give one"),
         (("--synthetic", "5", "--rate", "nan"), "rate must be more than 0"),
         (("--synthetic", "5", "--tight-share", "1.5"), "tight_share must be between 0 and 1"),
+        (("--synthetic", "5", "--best-effort-share", "-0.1"), "best_effort_share must be between 0 and 1"),
+        (("--synthetic", "5", "--preemptions", "-1"), "preemptions must be"),
         (("--synthetic", "5", "--tight-ttft-ms", "0"), "tight_ttft_ms must be more than 0"),
         (("--synthetic", "5", "--blocks", "0"), "blocks must be at least 1"),
         (("--synthetic", "5", "--step-ms", "0"), "step_ms must be more than 0"),

@@ -2,6 +2,7 @@
 
 import re
 
+import msgspec
 import pytest
 
 from vllm_llmd.names import EngineId
@@ -82,6 +83,30 @@ def test_what_was_sent_away_counts_as_shed_and_what_waited_tells_for_how_long() 
     told = summary("p", Played([waited, passed, away], PLAYED.engines, 4000.0), SLO)
     assert (told.requests, told.ended, told.shed, told.refused, told.good) == (3, 2, 1, 0, 2)
     assert (told.waited_share, told.waited_ms.p50) == (0.5, 30.0)
+
+
+def test_bands_of_priority_add_up_to_the_whole() -> None:
+    given_up, away = outcome(0, 150, 5), Outcome(10, 9, 9, shed="expired", priority=-1, preempted=2)
+    given_up.priority, given_up.preempted = -1, 1
+    told = summary("p", Played([outcome(0, 50, 5), given_up, away], PLAYED.engines, 4000.0), SLO)
+    assert [(each.band, each.requests, each.good, each.shed, each.preempted) for each in told.bands] == [
+        ("best_effort", 2, 0, 1, 3),
+        ("normal", 1, 1, 0, 0),
+    ]
+    assert [each.ttft_p50_ms for each in told.bands] == [150, 50]
+    assert told.preempted == 3
+    assert round(sum(each.goodput for each in told.bands), 3) == round(told.goodput, 3)
+
+
+def test_bands_are_told_apart_only_if_there_are_several() -> None:
+    mixed = Played([*PLAYED.outcomes, Outcome(2000, 9, 9, priority=-1, shed="expired")], PLAYED.engines, 4000.0)
+    one, several = summary("p", PLAYED, SLO), summary("q", mixed, SLO)
+    assert len(table([one]).splitlines()) == 2
+    said = table([several]).splitlines()
+    assert [line.split()[1] for line in said[4:]] == ["best_effort", "normal"]
+    report = Report(trace="t", requests=4, rate=2.0, settings=SimulateSettings(synthetic=4), runs=[one])
+    assert "best_effort" not in page(report).replace("best_effort_share", "")
+    assert "best_effort" in page(msgspec.structs.replace(report, runs=[several])).replace("best_effort_share", "")
 
 
 def test_percentiles_lie_on_their_curve() -> None:

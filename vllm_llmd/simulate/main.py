@@ -81,7 +81,12 @@ def _with_objectives(requests: list[TraceRequest], settings: SimulateSettings) -
     if settings.tight_share > 0:
         rng = random.Random(f"objectives {settings.seed}")
         requests = traffic.tightened(requests, settings.tight_share, settings.tight_slo, rng)
-    return traffic.telling(requests, settings.slo) if settings.send_slo else requests
+    if settings.send_slo:
+        requests = traffic.telling(requests, settings.slo)
+    if settings.best_effort_share > 0:
+        rng = random.Random(f"best effort {settings.seed}")
+        requests = traffic.with_best_effort(requests, settings.best_effort_share, rng)
+    return requests
 
 
 def summarised(policy: str, settings: SimulateSettings, requests: Sequence[TraceRequest]) -> Summary:

@@ -14,6 +14,9 @@ class Outcome:
     `computed_tokens` of the prompt were computed somewhere, at the destination or its source; the others were cached.
     At `sent_ms` it left the router for its destination. `refused` says why it could never be served, `shed` why the
     router sent it away. To count as good it has to keep `slo`, None if it is what all have to.
+
+    The router had engines leave it `preempted` times for the sake of others; they had had it for `lost_ms` then. What
+    they had computed of it counts among `computed_tokens`.
     """
 
     at_ms: float
@@ -30,11 +33,22 @@ class Outcome:
     refused: str | None = None
     shed: Reason | None = None
     slo: Slo | None = None
+    priority: int = 0
+    preempted: int = 0
+    lost_ms: float = 0.0
 
     @property
     def waited_ms(self) -> float:
         """In the router; 0 for one that was not sent."""
-        return 0.0 if self.sent_ms is None else self.sent_ms - self.at_ms
+        return 0.0 if self.sent_ms is None else self.sent_ms - self.at_ms - self.lost_ms
+
+    def given_up(self, now_ms: float) -> None:
+        """Its engine has left it: it is back in the router."""
+        assert self.sent_ms is not None and self.first_ms is None
+        self.preempted += 1
+        self.lost_ms += now_ms - self.sent_ms
+        self.sent_ms = self.destination = self.source = None
+        self.predicted_cached_tokens = 0
 
     @property
     def ttft_ms(self) -> float | None:

@@ -9,7 +9,7 @@ from vllm_llmd.sim.settings import MODEL
 from vllm_llmd.simulate.report import CURVE, Spread, Summary
 from vllm_llmd.simulate.settings import SimulateSettings
 from vllm_llmd.simulate.svg import Chart, Series, bars, legend, lines
-from vllm_llmd.simulate.table import rows
+from vllm_llmd.simulate.table import band_rows, rows
 
 _STYLE: Final = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 1320px; padding: 0 1em; color: #1c2024 }
@@ -48,7 +48,7 @@ def page(report: Report) -> str:
     return (
         '<!doctype html><html lang="en"><meta charset="utf-8"><title>vllm-llmd simulate</title>'
         f"<style>{_STYLE}</style><h1>Simulated fleet</h1><p>{escape(about)}</p>"
-        f'<div class="wide">{_table(rows(report.runs))}</div>'
+        f'<div class="wide">{_table(rows(report.runs))}</div>{_bands(report)}'
         f'<h2>Plots</h2><p class="legend">{legend(names)}</p><div class="plots">{_plots(report)}</div>'
         f"<h2>Engines</h2>{_engines(report)}"
         f"<h2>Settings</h2><div class='wide'>{_settings(settings)}</div></html>\n"
@@ -95,6 +95,11 @@ def _busy(run: Summary) -> Series:
 def _computed(run: Summary) -> Series:
     tokens = sorted((engine.computed_tokens for engine in run.engines), reverse=True)
     return Series(run.policy, [(float(place), float(value)) for place, value in enumerate(tokens)])
+
+
+def _bands(report: Report) -> str:
+    cells = band_rows(report.runs)
+    return f'<h2>By priority</h2><div class="wide">{_table(cells)}</div>' if cells else ""
 
 
 def _engines(report: Report) -> str:

@@ -1,11 +1,12 @@
 """What a simulation has shown, as numbers: latencies, throughput, goodput, cache, load of the engines. Pure."""
 
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, get_args
 
 import msgspec
 import numpy as np
 
+from vllm_llmd.router.slo import Band, band
 from vllm_llmd.simulate.outcomes import EngineTotals, Outcome, Played
 from vllm_llmd.simulate.settings import Slo
 
@@ -55,12 +56,31 @@ class EngineLoad(msgspec.Struct, frozen=True, kw_only=True):
     preemptions: int
 
 
+class BandSummary(msgspec.Struct, frozen=True, kw_only=True):
+    """Requests of one band of priorities, as in the whole. The router had engines leave them `preempted` times."""
+
+    band: Band
+    requests: int
+    good: int
+    good_share: float
+    goodput: float
+    ttft_p50_ms: float
+    ttft_p90_ms: float
+    ttft_p99_ms: float
+    e2e_p50_ms: float
+    e2e_p90_ms: float
+    cached_share: float
+    shed: int
+    preempted: int
+
+
 class Summary(msgspec.Struct, frozen=True, kw_only=True):
     """One policy on one trace.
 
     `good` requests kept the SLO; `goodput` is how many came per second, over the time in which requests came.
     `refused` requests fit no engine, `shed` were sent away by the router. `waited_share` of the others waited in it,
-    for `waited_ms`. `cached_share` of all prompt tokens were computed nowhere. The last answer ended after `lasts_s`.
+    for `waited_ms`. `cached_share` of all prompt tokens were computed nowhere. Engines preempted requests `preemptions`
+    times, and were told to leave them to others `preempted` times. The last answer ended after `lasts_s`.
     """
 
     policy: str
@@ -90,6 +110,9 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     steps: int
     over_time: list[Bin]
     engines: list[EngineLoad]
+    preempted: int = 0
+    bands: list[BandSummary] = []
+    """From the least urgent on; with neither in results that were written before there were any."""
 
 
 def is_good(outcome: Outcome, slo: Slo) -> bool:
@@ -140,6 +163,38 @@ def summary(policy: str, played: Played, slo: Slo) -> Summary:
         steps=played.steps,
         over_time=_over_time(outcomes, slo),
         engines=[_load(engine, lasts_s) for engine in played.engines],
+        preempted=sum(each.preempted for each in outcomes),
+        bands=_bands(outcomes, slo, comes_s),
+    )
+
+
+def _bands(outcomes: Sequence[Outcome], slo: Slo, comes_s: float) -> list[BandSummary]:
+    among: dict[Band, list[Outcome]] = {name: [] for name in get_args(Band)}
+    for outcome in outcomes:
+        among[band(outcome.priority)].append(outcome)
+    return [_band(name, found, slo, comes_s) for name, found in among.items() if found]
+
+
+def _band(name: Band, outcomes: Sequence[Outcome], slo: Slo, comes_s: float) -> BandSummary:
+    ended = [each for each in outcomes if each.refused is None and each.shed is None]
+    good = sum(is_good(each, slo) for each in outcomes)
+    ttft = Spread.of([each.ttft_ms for each in ended if each.ttft_ms is not None])
+    e2e = Spread.of([each.e2e_ms for each in ended if each.e2e_ms is not None])
+    prompt_tokens = sum(each.prompt_tokens for each in ended)
+    return BandSummary(
+        band=name,
+        requests=len(outcomes),
+        good=good,
+        good_share=_share(good, len(outcomes)),
+        goodput=round(good / comes_s, 4),
+        ttft_p50_ms=ttft.p50,
+        ttft_p90_ms=ttft.p90,
+        ttft_p99_ms=ttft.p99,
+        e2e_p50_ms=e2e.p50,
+        e2e_p90_ms=e2e.p90,
+        cached_share=_share(prompt_tokens - sum(each.computed_tokens for each in ended), prompt_tokens),
+        shed=sum(each.shed is not None for each in outcomes),
+        preempted=sum(each.preempted for each in outcomes),
     )
 
 

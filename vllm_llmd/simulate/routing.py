@@ -18,6 +18,7 @@ from vllm_llmd.router.upstream import turns
 from vllm_llmd.router.upstream.seen import Measured
 from vllm_llmd.router.waiting.admission import Admission
 from vllm_llmd.router.waiting.flow import Arrival
+from vllm_llmd.router.waiting.preemption import Running
 from vllm_llmd.simulate.trace import Tokens
 from vllm_llmd.wire import LinkMessage
 
@@ -108,12 +109,25 @@ class Routing:
     def _is_saturated(self, engine: Engine) -> bool:
         return self.admission.is_saturated(engine, self._clock.now_ms())
 
+    def began(self, call: Call, decision: Decision, given_up: int) -> None:
+        """Its engine has it, after others had to leave it so often. Best effort may be given up from now on."""
+        item = self.admission.item(self.arrival(call), call.wish)
+        running = Running(item, tuple(decision.prefill_tokens), self._clock.now_ms(), given_up)
+        self.admission.preemption.began(running)
+
+    def given_up(self, call: Call, decision: Decision) -> None:
+        """Its engines were told to leave it: it comes again."""
+        self.admission.preemption.ended(call.id)
+        self.fleet.withdrawn(call.id, decision)
+
     def answering(self, request: str, decision: Decision) -> None:
         """The first token has come."""
+        self.admission.preemption.ended(request)
         self.fleet.answering(request, decision)
 
     def done(self, request: str, decision: Decision) -> None:
-        """The answer has ended."""
+        """The answer has ended, or there will be none."""
+        self.admission.preemption.ended(request)
         self.fleet.done(request, decision)
 
     def answered(self, request: str, decision: Decision, measured: Measured) -> None:

@@ -61,6 +61,7 @@ class SimulateSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     tight_share: float = 0.0
     tight_ttft_ms: float = 1000.0
     tight_tpot_ms: float = 50.0
+    best_effort_share: float = 0.0
     send_slo: bool = False
     heartbeat_ms: float = 500.0
     min_remote_tokens: int = 256
@@ -70,6 +71,7 @@ class SimulateSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     engine_prefill_tokens: int = ROUTER.engine_prefill_tokens
     queue_requests: int = ROUTER.queue_requests
     queue_ttl_ms: int = ROUTER.queue_ttl_ms
+    preemptions: int = ROUTER.preemptions
     seed: int = 0
     json: str | None = None
     html: str | None = None
@@ -93,8 +95,9 @@ class SimulateSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ConfigError(f"{name} must be more than 0; got {value}")
-        if not 0 <= self.tight_share <= 1:
-            raise ConfigError(f"tight_share must be between 0 and 1; got {self.tight_share}")
+        for name in ("tight_share", "best_effort_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{name} must be between 0 and 1; got {getattr(self, name)}")
         if (self.trace is None) == (self.synthetic is None):
             raise ConfigError("give either a trace, --trace FILE, or a number of made-up requests, --synthetic N")
         if self.speedup is not None and self.rate is not None:
@@ -130,6 +133,7 @@ class SimulateSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
             engine_prefill_tokens=self.engine_prefill_tokens if in_router else NEVER,
             queue_requests=self.queue_requests,
             queue_ttl_ms=self.queue_ttl_ms,
+            preemptions=self.preemptions,
         )
 
     def fleet(self) -> list[tuple[EngineId, Role]]:
@@ -157,6 +161,7 @@ _FLAGS: Mapping[str, str] = {
     "tight_share": "share of the requests, by chance, that have tighter ones to keep",
     "tight_ttft_ms": "time to the first token that these have to keep",
     "tight_tpot_ms": "time per token after the first that these have to keep",
+    "best_effort_share": "share of the requests, by chance, that are best effort: of priority -1, without objectives",
     "send_slo": "clients send the router the objectives that their requests have to keep",
     "heartbeat_ms": "how often engines report their load",
     "min_remote_tokens": "uncached prompt tokens from which another engine supplies the KV",
@@ -166,6 +171,7 @@ _FLAGS: Mapping[str, str] = {
     "engine_prefill_tokens": "as the router's flag",
     "queue_requests": "as the router's flag",
     "queue_ttl_ms": "as the router's flag",
+    "preemptions": "as the router's flag",
     "seed": "decides what is left to chance",
     "json": "file to write the report to, as JSON",
     "html": "file to write the report to, as a page with plots",

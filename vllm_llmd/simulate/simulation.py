@@ -43,21 +43,25 @@ def nothing_follows(number: int, now_ms: float) -> Sequence[TraceRequest]:
 
 @dataclass(slots=True, eq=False)
 class _Asked:
-    """A request at its destination; `source_priority` is that of the order that it may place."""
+    """A request of that number at its destination; `source_priority` is that of the order that it may place."""
 
-    outcome: Outcome
+    number: int
+    call: Call
     decision: Decision
     member: Member
+    request: SimRequest
+    outcome: Outcome
     source_priority: int
 
 
 @dataclass(slots=True, eq=False)
 class _Order:
-    """What `member` waits for, up to token `end_token`."""
+    """What `member` waits for, up to token `end_token`: `source` has it as `asked`."""
 
     member: Member
     source: Member
     request: SimRequest
+    asked: SimRequest
     transfer: Transfer
     end_token: int
 
@@ -70,7 +74,7 @@ class Simulation:
         self._by_id: dict[EngineId, Member] = {member.id: member for member in members}
         self._routing = routing
         self._events = events
-        self._waiting = Waiting(routing.admission, events)
+        self._waiting = Waiting(routing.admission, events, self._take_back)
         self._heartbeat_ms = heartbeat_ms
         self._asked: dict[str, _Asked] = {}
         self._orders: dict[str, _Order] = {}
@@ -122,12 +126,39 @@ class Simulation:
             return
         self._submit(number, call, decision)
 
+    def _take_back(self, call_id: str) -> None:
+        """Its engine is to leave it for the sake of another: what is computed of it stays in the cache for a while."""
+        now_ms, name = self._events.now_ms(), _attempt(call_id, self._played.outcomes[int(call_id)])
+        asked, order = self._asked.pop(name), self._orders.pop(_order_of(name), None)
+        self._abandon(asked.member, asked.request, asked.outcome)
+        if order is not None:
+            self._abandon(order.source, order.asked, asked.outcome)
+        asked.outcome.given_up(now_ms)
+        self._routing.given_up(asked.call, asked.decision)
+        self._waiting.look(asked.decision.destination, asked.decision.source)
+        self._events.at(now_ms, self._come_again, asked)
+
+    def _abandon(self, member: Member, request: SimRequest, outcome: Outcome) -> None:
+        """The engine hears that nobody wants it any more; what is not computed of it will not be."""
+        if request.cached_tokens is not None:
+            left = min(member.model.uncomputed(request), request.prompt_tokens - request.cached_tokens)
+            member.computed_tokens -= left
+            outcome.computed_tokens -= left
+        member.model.abort(request.id, self._events.now_ms())
+        self._stirred(member)
+
+    def _come_again(self, asked: _Asked) -> None:
+        call = asked.call
+        plan, then = partial(self._routing.plan, call), partial(self._let_in, asked.number, call)
+        self._waiting.readmit(self._routing.arrival(call), call.wish, plan, then)
+
     def _submit(self, number: int, call: Call, decision: Decision) -> None:
-        request, outcome, name = self._requests[number], self._played.outcomes[number], call.id
+        request, outcome = self._requests[number], self._played.outcomes[number]
         prompt = np.frombuffer(call.facts.text, np.uint32)
         member = self._by_id[decision.destination]
         size = member.info.block_size
         names: list[BlockName] = chain_names(np.concatenate((prompt, request.answer(number))), size).tolist()
+        name = _attempt(call.id, outcome)
         asked = SimRequest(name, request.prompt_tokens, request.output_tokens, names, source=decision.source)
         asked.priority = self._priority(call, decision, decision.destination)
         outcome.destination, outcome.source = decision.destination, decision.source
@@ -135,12 +166,13 @@ class Simulation:
         try:
             member.model.submit(asked, self._events.now_ms())
         except ConfigError as error:
-            self._routing.done(name, decision)
+            self._routing.done(call.id, decision)
             self._refuse(number, str(error))
             return
         member.requests += 1
         source_priority = self._priority(call, decision, decision.source)
-        self._asked[name] = _Asked(outcome, decision, member, source_priority)
+        self._asked[name] = _Asked(number, call, decision, member, asked, outcome, source_priority)
+        self._routing.began(call, decision, outcome.preempted)
         self._stirred(member)
 
     def _priority(self, call: Call, decision: Decision, engine: EngineId | None) -> int:
@@ -202,7 +234,7 @@ class Simulation:
                 outcome.last_ms = now_ms
                 if outcome.first_ms is None:
                     outcome.first_ms = now_ms
-                    self._routing.answering(request.id, asked.decision)
+                    self._routing.answering(asked.call.id, asked.decision)
                     self._waiting.look(asked.decision.destination, asked.decision.source)
         for request in report.finished:
             order = self._orders.get(request.id)
@@ -210,10 +242,10 @@ class Simulation:
                 self._events.at(order.transfer.here_ms(now_ms, order.member.model.speeds), self._supply, request.id)
                 continue
             asked = self._asked.pop(request.id)
-            self._routing.answered(request.id, asked.decision, _measured(asked.outcome, request))
-            self._routing.done(request.id, asked.decision)
+            self._routing.answered(asked.call.id, asked.decision, _measured(asked.outcome, request))
+            self._routing.done(asked.call.id, asked.decision)
             self._waiting.look(asked.decision.destination, asked.decision.source)
-            self._ended(int(request.id))
+            self._ended(asked.number)
 
     def _note_computed(self, member: Member, request: SimRequest) -> None:
         tokens = request.prompt_tokens - (request.cached_tokens or 0)
@@ -244,10 +276,10 @@ class Simulation:
             member.model.supplied(request.id, 0, now_ms)
             return
         tokens = order_tokens(end_token, source.info.block_size)
-        order = SimRequest(f"{request.id} order", tokens, 1, request.names[: tokens // source.info.block_size])
-        order.priority = asked.source_priority
+        names = request.names[: tokens // source.info.block_size]
+        order = SimRequest(_order_of(request.id), tokens, 1, names, priority=asked.source_priority)
         transfer = Transfer(now_ms, end_token - request.computed, source.model.limits.token_budget)
-        self._orders[order.id] = _Order(member, source, request, transfer, end_token)
+        self._orders[order.id] = _Order(member, source, request, order, transfer, end_token)
         member.orders_placed += 1
         source.orders_served += 1
         source.model.submit(order, now_ms)
@@ -271,7 +303,17 @@ class Simulation:
 
 
 def _unanswered(request: TraceRequest) -> Outcome:
-    return Outcome(request.at_ms, request.prompt_tokens, request.output_tokens, slo=request.slo)
+    asked = request.at_ms, request.prompt_tokens, request.output_tokens
+    return Outcome(*asked, slo=request.slo, priority=request.wish.priority)
+
+
+def _attempt(call_id: str, outcome: Outcome) -> str:
+    """What engines call it: another name each time that it comes to one."""
+    return f"{call_id}.{outcome.preempted}"
+
+
+def _order_of(name: str) -> str:
+    return f"{name} order"
 
 
 def _measured(outcome: Outcome, request: SimRequest) -> Measured:

@@ -3,11 +3,15 @@
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Final
 
 from vllm_llmd.errors import ConfigError
 from vllm_llmd.router.slo import Wish
 from vllm_llmd.simulate.settings import Slo
 from vllm_llmd.simulate.trace import HASHED_TOKENS, IDS, TraceRequest
+
+BEST_EFFORT: Final = -1
+"""The priority of those whom nobody hurries: any below 0 would do."""
 
 
 def first(requests: Sequence[TraceRequest], most: int | None, minutes: float | None) -> list[TraceRequest]:
@@ -48,6 +52,12 @@ def hastened(requests: Sequence[TraceRequest], speedup: float) -> list[TraceRequ
 def tightened(requests: Sequence[TraceRequest], share: float, slo: Slo, rng: random.Random) -> list[TraceRequest]:
     """This share of them, by chance, has to keep `slo`."""
     return [replace(request, slo=slo) if rng.random() < share else request for request in requests]
+
+
+def with_best_effort(requests: Sequence[TraceRequest], share: float, rng: random.Random) -> list[TraceRequest]:
+    """Clients say of this share of them, by chance, that they are best effort; these have no objectives."""
+    best_effort = Wish(priority=BEST_EFFORT)
+    return [replace(each, wish=best_effort, slo=None) if rng.random() < share else each for each in requests]
 
 
 def telling(requests: Sequence[TraceRequest], slo: Slo) -> list[TraceRequest]:
