@@ -38,8 +38,11 @@ def microseconds(act: Callable[[], object], times: int) -> float:
 
 
 def fleet(size: int, in_flight: int) -> Roster:
-    info = EngineInfo(EngineId("e"), Epoch(1), "both", "", ["m"], 16, 10_000, 131_072, "f", [], max_sequences=256)
-    engines = [Engine(info, State.READY, 0) for _ in range(size)]
+    engines = []
+    for number in range(size):
+        name, room = EngineId(f"e{number}"), (16, 10_000, 131_072)
+        info = EngineInfo(name, Epoch(1), "both", "", ["m"], *room, "f", [], max_sequences=256)
+        engines.append(Engine(info, State.READY, 0))
     for engine in engines:
         engine.reported(Load(running=200, free_blocks=5000), 1.0)
         for number in range(in_flight):

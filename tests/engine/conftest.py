@@ -340,10 +340,16 @@ def texts_fleet(directory: Path, collector: Collector) -> dict[str, Any]:
 
 
 def twins_fleet(directory: Path, collector: Collector) -> dict[str, Any]:
-    """Two engines that do the same, and finish what they have when they are told to stop."""
-    model = MODELS / "smollm2" if (MODELS / "smollm2").exists() else MODELS / "tiny"
-    flags = ("--shutdown-timeout", "60")
-    return {"model": model, "engines": (engine("left"), engine("right")), "engine_flags": flags}
+    """Two engines that do the same, have two seats each, and finish what they have when they are told to stop.
+
+    Their router gives them no more than they run.
+    """
+    return {
+        "model": MODELS / "smollm2" if (MODELS / "smollm2").exists() else MODELS / "tiny",
+        "engines": tuple(engine(name, "--max-num-seqs", "2") for name in ("left", "right")),
+        "engine_flags": ("--shutdown-timeout", "60"),
+        "router_flags": ("--engine-queue", "0"),
+    }
 
 
 FLEETS = {
