@@ -331,8 +331,10 @@ class Fleet:
         """The answer has come: how long it took teaches how fast the engines are. To be told before `done`."""
         self.traffic.answered(request, measured.usage)
         if self.membership.get(decision.destination) is not None:
-            self.models.answered(decision, measured)
-            for engine in self._parties(decision):
+            parties = self._parties(decision)
+            by_due_time = {engine.info.id for engine in parties if engine.info.priorities and decision.work_ms}
+            self.models.answered(decision, measured, by_due_time)
+            for engine in parties:
                 engine.rated(packed(self.models.rates(engine.info.id)))
 
     def done(self, request: str, decision: Decision) -> None:

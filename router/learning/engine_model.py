@@ -5,7 +5,7 @@ Whichever has lately been the least wrong about the engine is believed: odd data
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
@@ -195,17 +195,18 @@ class Models:
             model.reported_step_ms = load.step_ms
             model.step.learn((1.0, load.running - 1.0), load.step_ms)
 
-    def answered(self, decision: Decision, measured: Measured) -> None:
-        """Takes in how long a request has taken."""
+    def answered(self, decision: Decision, measured: Measured, by_due_time: Collection[EngineId] = ()) -> None:
+        """Takes in how long a request has taken. Engines that serve `by_due_time` do not serve in order of arrival."""
         usage, seen, engine = measured.usage, decision.seen, decision.destination
         cached_tokens = None if usage is None or decision.source is not None else usage.cached_tokens
         if usage is not None:
             self._note_traffic(usage.prompt_tokens, cached_tokens, usage.completion_tokens)
         if seen is None or not measured.is_stream:
             return
-        if decision.source is not None:
+        tells_speed = not _waits_for_its_turn(decision, by_due_time)
+        if tells_speed and decision.source is not None:
             self._supplied(decision, decision.source, measured.first_byte_ms)
-        elif _share(decision, "blocks_ms") < SHARE:
+        elif tells_speed and _share(decision, "blocks_ms") < SHARE:
             self._first_byte(engine, first_byte_of(seen, cached_tokens), measured.first_byte_ms)
         if measured.tpot_ms is not None:
             self._steps(engine, (1.0, seen.batch), measured.tpot_ms)
@@ -269,6 +270,14 @@ class Models:
 def error_of(guess_ms: float, ms: float) -> float:
     """Absolute natural logarithm of guessed over measured, up to WORST."""
     return min(abs(math.log(max(guess_ms, 1e-6) / ms)), WORST)
+
+
+def _waits_for_its_turn(decision: Decision, by_due_time: Collection[EngineId]) -> bool:
+    """Whether it found more to prefill than its own: some goes before it and some does not, which tells of no speed."""
+    seen = decision.seen if decision.source is None else decision.source_seen
+    if seen is None or (decision.source or decision.destination) not in by_due_time:
+        return False
+    return seen.tokens > max(seen.prompt_tokens - seen.cached_tokens, 1.0)
 
 
 def _expected_ms(decision: Decision) -> float:

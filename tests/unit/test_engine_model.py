@@ -23,8 +23,8 @@ from vllm_llmd.wire import Load
 A, B = EngineId("a"), EngineId("b")
 
 
-def decision(engine: EngineId, seen: Seen, **more: object) -> Decision:
-    return Decision(engine, None, 0, 0, int(seen.prompt_tokens), {}, seen=seen, **more)  # type: ignore[arg-type]
+def decision(engine: EngineId, seen: Seen, source: EngineId | None = None, **more: object) -> Decision:
+    return Decision(engine, source, 0, 0, int(seen.prompt_tokens), {}, seen=seen, **more)  # type: ignore[arg-type]
 
 
 def some_request(rng: random.Random) -> Seen:
@@ -177,6 +177,19 @@ def test_answers_that_waited_for_blocks_do_not_say_how_fast_an_engine_computes()
     for _ in range(20):
         models.answered(replace(decision(A, seen), terms=terms), Measured(9000, 9999, True, None))
     assert models.of(A).first_byte.measured == 0
+
+
+@pytest.mark.parametrize("supplied", [False, True], ids=["alone", "supplied"])
+def test_an_engine_that_serves_by_due_time_is_known_from_those_that_found_little_before_them(supplied: bool) -> None:
+    """Of the others, short prompts are answered at once and long ones late, whatever its speed."""
+    models, rng = Models(), random.Random(2)
+    for _ in range(400):
+        seen = replace(some_request(rng), tokens=rng.choice([0.0, 20_000.0]))
+        own = seen.prompt_tokens - seen.cached_tokens
+        ms = true_ms(seen) if not seen.tokens else 30.0 if own < 2000 else 3 * true_ms(seen)
+        made = decision(A, seen) if not supplied else decision(B, seen, source=A, source_seen=seen)
+        models.answered(made, Measured(ms, ms + 1, True, None), [A])
+    assert models.rates(A).token_ms == pytest.approx(0.4, rel=0.05)
 
 
 def test_doubt_is_by_how_much_predictions_are_off() -> None:
