@@ -172,7 +172,7 @@ class SchedulerSide:
         size = self._facts.block_size
         free_tokens = self._pool.free_blocks() * size // max(len(self._facts.geometry.groups), 1)
         free_tokens -= sum(each.num_tokens - each.num_computed_tokens + size for each in begun)
-        fit = [each for each in waiting if each.num_computed_tokens or each.num_tokens <= free_tokens]
+        fit = takewhile(lambda each: each.num_computed_tokens or each.num_tokens <= free_tokens, waiting)
         held = self._turns.held(
             [self._prompt(each, each.num_computed_tokens) for each in begun], [self._prompt(each, 0) for each in fit]
         )

@@ -5,6 +5,7 @@ Who would compute the same as one that is held waits for it, while others pass.
 """
 
 from collections.abc import Iterable, Sequence
+from itertools import takewhile
 from typing import Final
 
 from vllm_llmd.kv_connector.turns import LOOKED_AT, Prompt, follows
@@ -29,11 +30,12 @@ class Turns:
     def begin(self, partial: Sequence[SimRequest], waiting: Iterable[SimRequest], free_blocks: int) -> None:
         """Some of `partial`, prompts that are being computed, are held for others.
 
-        Of `waiting`, those that there are seats for, in order, only those count that there are blocks for, too.
+        Of `waiting`, those that there are seats for, in order, only those count that there are blocks for, too: whoever
+        comes after one that there are none for waits with it.
         """
         blocks_of = self._limits.blocks_of
         free_blocks -= sum(blocks_of(each.total) - len(each.blocks) for each in partial)
-        fit = (each for each in waiting if each.blocks or blocks_of(each.total) <= free_blocks)
+        fit = takewhile(lambda each: each.blocks or blocks_of(each.total) <= free_blocks, waiting)
         begun = [self._prompt(each, self._names(each)) for each in partial]
         held = self._rules.held(begun, [self._prompt(each, self._sought(each)) for each in fit])
         self.held = [each for each in partial if each.id in held]
