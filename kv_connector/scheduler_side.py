@@ -7,6 +7,7 @@ from itertools import takewhile
 from typing import Any
 
 from vllm_llmd.clock import MonotonicClock
+from vllm_llmd.due import once_answering, rank_of
 from vllm_llmd.kernels import hash_chain_cpu
 from vllm_llmd.kernels.block_names import BlockNamer, NetChange
 from vllm_llmd.kernels.offloaded_blocks import OffloadedBlocks
@@ -187,7 +188,7 @@ class SchedulerSide:
 
     def _prompt(self, request: Any, computed: int) -> Prompt:
         hashes = request.block_hashes
-        return Prompt(request.request_id, request.priority, hashes, computed // self._facts.hash_tokens)
+        return Prompt(request.request_id, rank_of(request.priority), hashes, computed // self._facts.hash_tokens)
 
     # --- steps ------------------------------------------------------------------------------------------------
 
@@ -297,6 +298,8 @@ class SchedulerSide:
         self._load.scheduled(request.request_id, left)
         if left <= 0:
             del self._prefilling[request.request_id]
+            if self._facts.priorities:
+                request.priority = once_answering(request.priority)
         if left <= 0 and request.request_id in self._unseen:
             name = self._unseen.pop(request.request_id)
             self._link.seen(name, request.num_prompt_tokens, self._names_of(request))

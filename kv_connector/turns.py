@@ -1,11 +1,12 @@
 """Pure: which prompts stand still for a step so that others go on that are due earlier, and which are not begun yet.
 
-Who is due first has the lowest priority, as vLLM understands it. See docs/decisions/0031-due-times.md.
+See docs/decisions/0031-due-times.md.
 """
 
 from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
 
+from vllm_llmd.due import Rank
 from vllm_llmd.names import RequestId
 
 LOOKED_AT: Final = 8
@@ -16,7 +17,7 @@ class Prompt(NamedTuple):
     """One that is to be computed, by its blocks' hashes, in order; of these, `computed` need not be."""
 
     request: RequestId
-    priority: int
+    rank: Rank
     hashes: Sequence[Any]
     computed: int
 
@@ -44,18 +45,18 @@ class Turns:
         self._begun, self._held_for = begun, set()
         if for_nothing or not begun:
             return set()
-        due = {each.request: each.priority for each in begun}
+        ranks = {each.request: each.rank for each in begun}
         others = []
         for each in waiting:
             led_by = [other.request for other in begun if follows(each, other)]
-            due.update({request: min(due[request], each.priority) for request in led_by})
+            ranks.update({leader: ranks[leader].joined(each.rank) for leader in led_by})
             others += [] if led_by else [each]
-        first = min(due.values())
-        earlier = {each.request for each in others if each.priority < first}
-        if earlier:
-            self._held_for = earlier
-            return set(due)
-        return {request for request, priority in due.items() if priority > first}
+        all_ranks = {*ranks.values(), *(each.rank for each in others)}
+        held = {request for request, rank in ranks.items() if any(each.before(rank) for each in all_ranks)}
+        if len(held) == len(ranks):
+            begun_ranks = ranks.values()
+            self._held_for = {each.request for each in others if any(each.rank.before(rank) for rank in begun_ranks)}
+        return held
 
     def must_wait(self, waiting: Prompt) -> bool:
         """Whether it is not to be begun in this step, since it would compute what another one has begun to."""

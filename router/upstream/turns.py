@@ -7,15 +7,12 @@ do not wait for long ones, and nobody waits for those who come later than that. 
 from collections.abc import Mapping
 from typing import Any, Final
 
+from vllm_llmd.due import BAND_MS
 from vllm_llmd.router.slo import MOST_URGENT, Wish
 
 STRETCH: Final = 3.0
 """A prompt that takes a second is due three seconds after it has come. Mean latencies of one and of ten are the same
 within a few percent; less protects short prompts less, more has long ones wait longer."""
-
-BAND_MS: Final = 4e12
-"""What one priority is worth: more than any time since 1970 until the year 2096, so that bands stay strict, and little
-enough that a thousand of them can be said exactly in JSON."""
 
 MOST_WORK_MS: Final = 3.6e6
 
@@ -29,7 +26,7 @@ def due_ms(came_ms: float, work_ms: float, ttft_ms: float | None) -> float:
 def priority(band: int, came_ms: float, work_ms: float, ttft_ms: float | None = None) -> int:
     """As vLLM understands it, where less goes first: higher bands first, and in a band whoever is due first.
 
-    `came_ms` is in milliseconds since 1970 where several routers send to one engine. `work_ms` may be anything.
+    `came_ms` is in milliseconds since 1970. `work_ms` may be anything.
     """
     return int(due_ms(came_ms, work_ms, ttft_ms) - band * BAND_MS)
 

@@ -13,7 +13,7 @@ FOLDERS = ("vllm_llmd", "kv_connector", "router", "kernels")
 TOP_LEVEL = ("kernels", "kv_connector", "router")
 """Folders that are packages inside `vllm_llmd`, and must not be imported by their bare names."""
 
-VALUES = ("names", "labels", "wire", "wire_link", "wire_peer", "errors", "clock", "settings")
+VALUES = ("names", "labels", "wire", "wire_link", "wire_peer", "errors", "clock", "due", "settings")
 """Modules of `vllm_llmd` that everything may import, and that import nothing but each other."""
 
 IO = {

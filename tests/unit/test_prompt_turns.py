@@ -3,11 +3,12 @@ import itertools
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vllm_llmd.due import Rank
 from vllm_llmd.kv_connector.turns import Prompt, Turns, follows
 
 
 def prompt(name: str, due: int, hashes: str = "", computed: int = 0) -> Prompt:
-    return Prompt(name, due, hashes or [f"{name} {at}" for at in range(9)], computed)
+    return Prompt(name, Rank(0, due), hashes or [f"{name} {at}" for at in range(9)], computed)
 
 
 def test_a_prompt_stands_still_for_one_that_waits_and_is_due_earlier() -> None:
@@ -53,12 +54,20 @@ def test_nobody_stands_still_again_after_a_step_in_which_that_was_of_no_use() ->
     assert turns.held([long, short], []) == {"long"}, "it was"
 
 
-begun_ones = st.lists(
-    st.builds(prompt, st.sampled_from("abcdef"), st.integers(0, 5)), max_size=6, unique_by=lambda p: p[0]
-)
-waiting_ones = st.lists(
-    st.builds(prompt, st.sampled_from("uvwxyz"), st.integers(0, 5)), max_size=6, unique_by=lambda p: p[0]
-)
+def test_a_begun_prompt_stands_still_for_whoever_is_due_earlier_and_no_less_urgent() -> None:
+    begun, urgent, less = prompt("begun", 5), prompt("urgent", 1), prompt("less", 1)
+    assert Turns().held([begun], [urgent._replace(rank=Rank(-1, 1))]) == {"begun"}
+    assert Turns().held([begun], [urgent._replace(rank=Rank(-1, 9))]) == set(), "it has blocks that others want"
+    assert Turns().held([begun], [less._replace(rank=Rank(1, 1))]) == set()
+
+
+def ranked(name: str, rank: Rank) -> Prompt:
+    return prompt(name, 0)._replace(rank=rank)
+
+
+ranks = st.builds(Rank, st.integers(0, 2), st.integers(0, 5))
+begun_ones = st.lists(st.builds(ranked, st.sampled_from("abcdef"), ranks), max_size=6, unique_by=lambda p: p[0])
+waiting_ones = st.lists(st.builds(ranked, st.sampled_from("uvwxyz"), ranks), max_size=6, unique_by=lambda p: p[0])
 
 
 @given(begun_ones, waiting_ones)
@@ -66,10 +75,10 @@ def test_whoever_is_left_out_is_so_for_somebody_who_is_due_earlier_and_is_not(
     begun: list[Prompt], waiting: list[Prompt]
 ) -> None:
     held = Turns().held(begun, waiting)
-    going = [each.priority for each in (*begun, *waiting) if each.request not in held]
+    going = [each.rank for each in (*begun, *waiting) if each.request not in held]
     assert not begun or going
-    assert all(each.priority > min(going) for each in begun if each.request in held)
-    assert all(each.priority <= min(going) for each in begun if each.request not in held)
+    for each in begun:
+        assert (each.request in held) == any(other.before(each.rank) for other in going)
 
 
 @given(st.lists(st.tuples(begun_ones, waiting_ones), max_size=20))

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_llmd.names import BlockName, EngineId
+from vllm_llmd.router.upstream import turns
 from vllm_llmd.sim.limits import EnginePolicy, Limits
 from vllm_llmd.sim.requests import SimRequest
 from vllm_llmd.sim.scheduler import Scheduler
@@ -64,6 +65,31 @@ class Bench:
 
     def given(self, name: str) -> int:
         return sum(step.get(name, 0) for step in self.steps)
+
+
+# --- bands, and who answers ---------------------------------------------------------------------------------------
+
+NOW_MS = 1_790_000_000_000.0
+
+
+def test_what_has_been_begun_yields_by_when_it_is_due_and_not_by_its_band() -> None:
+    at = Bench()
+    at.submit(ask("best effort", 128, priority=turns.priority(-1, NOW_MS, 100.0)))
+    at.run(5.0)
+    at.submit(ask("later", 32, priority=turns.priority(0, NOW_MS, 500.0)))
+    at.submit(ask("sooner", 32, priority=turns.priority(0, NOW_MS, 10.0)))
+    at.run()
+    assert [next(iter(step)) for step in at.steps[:6]] == ["best effort", "sooner", *["best effort"] * 3, "later"]
+
+
+def test_for_want_of_blocks_prompts_give_way_and_none_that_answers_though_it_was_due_last() -> None:
+    at = Bench(replace(LIMITS, blocks=40))
+    at.submit(ask("answers", 32, priority=turns.priority(-1, NOW_MS, 5000.0), output=64))
+    at.run(15.0)
+    at.submit(ask("prompt", 100, priority=turns.priority(0, NOW_MS, 1.0), output=16))
+    at.run()
+    by_name = {each.id: each.preemptions for each in at.finished}
+    assert by_name["answers"] == 0 < by_name["prompt"]
 
 
 # --- who yields ---------------------------------------------------------------------------------------------------

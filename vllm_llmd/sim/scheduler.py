@@ -7,6 +7,7 @@ sequences or the blocks run out. Steps in which nothing but decoding happens are
 import heapq
 import itertools
 
+from vllm_llmd.due import once_answering
 from vllm_llmd.errors import ConfigError
 from vllm_llmd.sim.block_pool import BlockId, BlockPool
 from vllm_llmd.sim.limits import Limits
@@ -326,6 +327,7 @@ class Scheduler:
             if request.computed < request.prompt_tokens + request.made or request.gone:
                 continue
             request.made += steps
+            request.priority = once_answering(request.priority)
             self.counts.generated += steps
             report.made.append((request, steps))
             if request.made >= request.output_tokens:

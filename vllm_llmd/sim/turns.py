@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from itertools import takewhile
 from typing import Final
 
+from vllm_llmd.due import rank_of
 from vllm_llmd.kv_connector.turns import LOOKED_AT, Prompt, follows
 from vllm_llmd.kv_connector.turns import Turns as Rules
 from vllm_llmd.names import BlockName, RequestId
@@ -49,7 +50,9 @@ class Turns:
         return any(follows(prompt, each) for each in self._held_prompts)
 
     def _prompt(self, request: SimRequest, names: Sequence[BlockName]) -> Prompt:
-        return Prompt(RequestId(request.id), request.priority, names, request.computed // self._limits.block_size)
+        return Prompt(
+            RequestId(request.id), rank_of(request.priority), names, request.computed // self._limits.block_size
+        )
 
     def _names(self, request: SimRequest) -> Sequence[BlockName]:
         return request.names[: request.prompt_tokens // self._limits.block_size]

@@ -2,6 +2,7 @@
 
 from array import array
 from dataclasses import dataclass, replace
+from typing import Final
 
 from vllm_llmd.clock import Clock
 from vllm_llmd.names import EngineId
@@ -21,6 +22,9 @@ from vllm_llmd.router.waiting.flow import Arrival
 from vllm_llmd.router.waiting.preemption import Running
 from vllm_llmd.simulate.trace import Tokens
 from vllm_llmd.wire import LinkMessage
+
+BEGAN_UNIX_MS: Final = 1_790_000_000_000.0
+"""When simulated time begins, in milliseconds since 1970: any time that a router could live in."""
 
 _NOTHING = Facts(None, None, b"", b"", 0, None)
 
@@ -104,7 +108,7 @@ class Routing:
         work_ms = decision.work_ms.get(engine)
         if work_ms is None:
             return -call.wish.priority
-        return turns.priority(call.wish.priority, call.came_ms, work_ms, call.wish.ttft_ms)
+        return turns.priority(call.wish.priority, BEGAN_UNIX_MS + call.came_ms, work_ms, call.wish.ttft_ms)
 
     def _is_saturated(self, engine: Engine) -> bool:
         return self.admission.is_saturated(engine, self._clock.now_ms())
