@@ -322,18 +322,15 @@ class Fleet:
         """The answer has begun: the prompt is computed."""
         self.traffic.answering(request, self._clock.now_ms())
         for engine in self._parties(decision):
-            if engine.info.id == decision.source:
-                engine.ended(request)
-            else:
-                engine.answering(request)
+            computed = engine.ended if engine.info.id == decision.source else engine.answering
+            computed(request)
 
     def answered(self, request: str, decision: Decision, measured: Measured) -> None:
         """The answer has come: how long it took teaches how fast the engines are. To be told before `done`."""
         self.traffic.answered(request, measured.usage)
         if self.membership.get(decision.destination) is not None:
             parties = self._parties(decision)
-            by_due_time = {engine.info.id for engine in parties if engine.info.priorities and decision.work_ms}
-            self.models.answered(decision, measured, by_due_time)
+            self.models.answered(decision, measured, [each.info.id for each in parties if each.info.priorities])
             for engine in parties:
                 engine.rated(packed(self.models.rates(engine.info.id)))
 

@@ -196,7 +196,7 @@ class Models:
             model.step.learn((1.0, load.running - 1.0), load.step_ms)
 
     def answered(self, decision: Decision, measured: Measured, by_due_time: Collection[EngineId] = ()) -> None:
-        """Takes in how long a request has taken. Engines that serve `by_due_time` do not serve in order of arrival."""
+        """Takes in how long a request has taken. Some engines serve `by_due_time`, where that is told."""
         usage, seen, engine = measured.usage, decision.seen, decision.destination
         cached_tokens = None if usage is None or decision.source is not None else usage.cached_tokens
         if usage is not None:
@@ -275,7 +275,7 @@ def error_of(guess_ms: float, ms: float) -> float:
 def _waits_for_its_turn(decision: Decision, by_due_time: Collection[EngineId]) -> bool:
     """Whether it found more to prefill than its own: some goes before it and some does not, which tells of no speed."""
     seen = decision.seen if decision.source is None else decision.source_seen
-    if seen is None or (decision.source or decision.destination) not in by_due_time:
+    if seen is None or not decision.work_ms or (decision.source or decision.destination) not in by_due_time:
         return False
     return seen.tokens > max(seen.prompt_tokens - seen.cached_tokens, 1.0)
 

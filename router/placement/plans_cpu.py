@@ -29,6 +29,7 @@ from vllm_llmd.router.placement.plans import (
     total_ms,
     with_slo,
 )
+from vllm_llmd.router.placement.work import work_ms
 from vllm_llmd.router.policy import Choice
 from vllm_llmd.router.request import Facts
 
@@ -95,7 +96,7 @@ class Search:
             terms[name] = float(column[at])
         prices = plans.Prices(asked)
         held = float(fields[source, HELD])
-        work = plans.work_ms(asked, Plan(kind, at, source), int(held))
+        work = work_ms(asked, Plan(kind, at, source), int(held))
         if kind == ALONE:
             return Choice(at, work_ms=work.destination, terms=terms, prices=prices)
         if kind == PREFILLED:

@@ -83,6 +83,7 @@ PURE = (
     "router/policies/weighted.py",
     "router/costs.py",
     "router/placement/misses.py",
+    "router/placement/work.py",
     "router/members/rates.py",
     "router/decide.py",
     "router/audit/decisions.py",

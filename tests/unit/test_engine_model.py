@@ -188,7 +188,7 @@ def test_an_engine_that_serves_by_due_time_is_known_from_those_that_found_little
         own = seen.prompt_tokens - seen.cached_tokens
         ms = true_ms(seen) if not seen.tokens else 30.0 if own < 2000 else 3 * true_ms(seen)
         made = decision(A, seen) if not supplied else decision(B, seen, source=A, source_seen=seen)
-        models.answered(made, Measured(ms, ms + 1, True, None), [A])
+        models.answered(replace(made, work_ms={A: 0.4 * own}), Measured(ms, ms + 1, True, None), [A])
     assert models.rates(A).token_ms == pytest.approx(0.4, rel=0.05)
 
 
