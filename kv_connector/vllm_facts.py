@@ -117,6 +117,11 @@ def warn_of_what_should_differ(config: Any) -> None:
         )
     if not config.cache_config.enable_prefix_caching:
         logger.warning("prefix caching is off: the router cannot know what this engine holds")
+    if config.scheduler_config.policy != "priority":
+        logger.warning(
+            "requests are served in order of arrival: with --scheduling-policy priority short prompts do not wait for "
+            "long ones, and the router's priorities and objectives hold here, too"
+        )
 
 
 def check_supported(config: Any, kv_cache: Any) -> None:

@@ -11,6 +11,7 @@ import aiohttp
 import pytest
 
 from vllm_llmd import wire
+from vllm_llmd.kv_connector.hints import read_hint
 from vllm_llmd.names import BlockName
 from vllm_llmd.testing.fake_engine import Behaviour, FakeEngine, FakeSettings
 from vllm_llmd.testing.site import CHAT, COMPLETIONS, Site, chat, until
@@ -233,8 +234,8 @@ async def test_a_long_prompt_gets_the_prefill_engine_as_its_source_and_a_short_o
     for text in (LONG, "short"):
         async with site.post(chat(text)) as response:
             assert response.headers["X-Fake-Engine"] == "d"
-    sources = [received.body["kv_transfer_params"]["llmd"].get("source") for received in decode.requests]
-    assert sources == ["p", None]
+    hints = [read_hint(received.body["kv_transfer_params"]) for received in decode.requests]
+    assert [[source.engine for source in hint.sources] for hint in hints] == [["p"], []]
     assert not prefill.requests
 
 

@@ -52,6 +52,7 @@ def cache(*specs: Any) -> Any:
 def config(
     model: str = "m",
     policy: str = "recompute",
+    scheduling: str = "priority",
     role: str = "kv_both",
     caching: bool = True,
     kv_heads: int = 2,
@@ -74,7 +75,7 @@ def config(
         parallel_config=SimpleNamespace(**parallel),
         device_config=SimpleNamespace(device_type=device),
         cache_config=SimpleNamespace(enable_prefix_caching=caching, calculate_kv_scales=scales),
-        scheduler_config=SimpleNamespace(policy="fcfs", max_num_seqs=64),
+        scheduler_config=SimpleNamespace(policy=scheduling, max_num_seqs=64),
     )
 
 
@@ -227,6 +228,11 @@ def test_a_release_that_is_tested_is_not_warned_of(
 def test_prefix_caching_that_is_off_is_warned_of(log: pytest.LogCaptureFixture) -> None:
     vllm_facts.warn_of_what_should_differ(config(caching=False))
     assert "prefix caching is off" in log.text
+
+
+def test_serving_in_order_of_arrival_is_warned_of(log: pytest.LogCaptureFixture) -> None:
+    vllm_facts.warn_of_what_should_differ(config(scheduling="fcfs"))
+    assert "--scheduling-policy priority" in log.text
 
 
 def test_an_engine_says_how_many_requests_it_runs_at_a_time() -> None:
