@@ -129,11 +129,8 @@ def _turn(engine: Engine, call: Call, decision: Decision) -> int | None:
 
 
 def _priority(call: Call, band: int, decision: Decision, engine: EngineId) -> int | None:
-    """By when it is due there, if that is known; else a mere priority, if there is one."""
-    work_ms = decision.work_ms.get(engine)
-    if work_ms is None:
-        return -band or None
-    return turns.priority(band, call.came_unix_ms, work_ms, call.wish.ttft_ms)
+    """None if it would say nothing."""
+    return turns.priority(band, call.came_unix_ms, decision.work_ms.get(engine), call.wish.ttft_ms) or None
 
 
 def _hint(call: Call, decision: Decision) -> dict[str, Any]:

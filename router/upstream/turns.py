@@ -23,11 +23,13 @@ def due_ms(came_ms: float, work_ms: float, ttft_ms: float | None) -> float:
     return came_ms + (allowed_ms if ttft_ms is None else min(allowed_ms, ttft_ms))
 
 
-def priority(band: int, came_ms: float, work_ms: float, ttft_ms: float | None = None) -> int:
+def priority(band: int, came_ms: float, work_ms: float | None, ttft_ms: float | None = None) -> int:
     """As vLLM understands it, where less goes first: higher bands first, and in a band whoever is due first.
 
-    `came_ms` is in milliseconds since 1970. `work_ms` may be anything.
+    `came_ms` is in milliseconds since 1970. `work_ms` may be anything; if it is not known, only the band is said.
     """
+    if work_ms is None:
+        return -band
     return int(due_ms(came_ms, work_ms, ttft_ms) - band * BAND_MS)
 
 

@@ -9,13 +9,14 @@ import itertools
 
 from vllm_llmd.due import once_answering
 from vllm_llmd.errors import ConfigError
+from vllm_llmd.kv_connector.turns import LOOKED_AT
 from vllm_llmd.sim.block_pool import BlockId, BlockPool
 from vllm_llmd.sim.limits import Limits
 from vllm_llmd.sim.offload import OffloadTier
 from vllm_llmd.sim.requests import Counts, Report, SimRequest
 from vllm_llmd.sim.runs import Run
 from vllm_llmd.sim.speeds import Speeds, Work
-from vllm_llmd.sim.turns import MOST_WAITING, Turns
+from vllm_llmd.sim.turns import Turns
 
 _Turn = tuple[bool, int, float, int]
 
@@ -165,7 +166,7 @@ class Scheduler:
     def _begin_turns(self) -> None:
         partial = [request for request in self.running if request.computed < request.total - 1]
         seats = self.limits.max_sequences - len(self.running)
-        first = heapq.nsmallest(MOST_WAITING, self._waiting) if partial and seats > 0 else []
+        first = heapq.nsmallest(LOOKED_AT, self._waiting) if partial and seats > 0 else []
         self._turns.begin(partial, [request for _, request in first if not request.gone], self.pool.free)
 
     def _drop_gone(self) -> None:
@@ -225,7 +226,7 @@ class Scheduler:
                     break
                 budget -= tokens
             heapq.heappop(self._waiting)
-            if len(passed_over) == MOST_WAITING:
+            if len(passed_over) == LOOKED_AT:
                 break
         for entry in passed_over:
             heapq.heappush(self._waiting, entry)

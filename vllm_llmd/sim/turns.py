@@ -6,17 +6,13 @@ Who would compute the same as one that is held waits for it, while others pass.
 
 from collections.abc import Iterable, Sequence
 from itertools import takewhile
-from typing import Final
 
 from vllm_llmd.due import rank_of
-from vllm_llmd.kv_connector.turns import LOOKED_AT, Prompt, follows
+from vllm_llmd.kv_connector.turns import Prompt, follows
 from vllm_llmd.kv_connector.turns import Turns as Rules
 from vllm_llmd.names import BlockName, RequestId
 from vllm_llmd.sim.limits import Limits
 from vllm_llmd.sim.requests import SimRequest
-
-MOST_WAITING: Final = LOOKED_AT
-"""So many of those that wait are looked at, in their order."""
 
 
 class Turns:

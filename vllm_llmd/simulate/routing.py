@@ -105,10 +105,8 @@ class Routing:
 
     def priority(self, call: Call, decision: Decision, engine: EngineId) -> int:
         """What an engine that schedules by priority is told of the request, or of the order that is placed for it."""
-        work_ms = decision.work_ms.get(engine)
-        if work_ms is None:
-            return -call.wish.priority
-        return turns.priority(call.wish.priority, BEGAN_UNIX_MS + call.came_ms, work_ms, call.wish.ttft_ms)
+        came_ms, work_ms = BEGAN_UNIX_MS + call.came_ms, decision.work_ms.get(engine)
+        return turns.priority(call.wish.priority, came_ms, work_ms, call.wish.ttft_ms)
 
     def _is_saturated(self, engine: Engine) -> bool:
         return self.admission.is_saturated(engine, self._clock.now_ms())
