@@ -345,7 +345,7 @@ def twins_fleet(directory: Path, collector: Collector) -> dict[str, Any]:
     Their router gives them no more than they run.
     """
     return {
-        "model": MODELS / "smollm2" if (MODELS / "smollm2").exists() else MODELS / "tiny",
+        "model": MODELS / "tiny",
         "engines": tuple(engine(name, "--max-num-seqs", "2") for name in ("left", "right")),
         "engine_flags": ("--shutdown-timeout", "60"),
         "router_flags": ("--engine-queue", "0"),
