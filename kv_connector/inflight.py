@@ -1,9 +1,19 @@
 """Prefixes that are on their way to this engine, so that nobody orders them a second time. Engine thread."""
 
 from collections.abc import Callable, Hashable
-from typing import Any
+from typing import Any, Final, NamedTuple
 
 from vllm_llmd.names import RequestId
+
+
+class _Range(NamedTuple):
+    """The hashes of a prompt from the one numbered `first` on."""
+
+    first: int
+    hashes: list[Hashable]
+
+
+NOTHING: Final = _Range(0, [])
 
 
 class InFlight:
@@ -18,27 +28,35 @@ class InFlight:
         self._min_hashes = max(-(-min_tokens // hash_tokens), 1)
         self._waits_for_kv = waits_for_kv
         self._coming: dict[Hashable, Any] = {}
-        self._by_request: dict[RequestId, list[Hashable]] = {}
+        self._by_request: dict[RequestId, _Range] = {}
 
     def add(self, request: Any, first_token: int, end_token: int) -> None:
         """Tokens `first_token` to `end_token` of the request's prompt are coming."""
-        hashes = request.block_hashes[first_token // self._hash_tokens : end_token // self._hash_tokens]
-        self._by_request[request.request_id] = list(hashes)
+        first = first_token // self._hash_tokens
+        hashes = list(request.block_hashes[first : end_token // self._hash_tokens])
+        self._by_request[request.request_id] = _Range(first, hashes)
         self._coming.update((block_hash, request) for block_hash in hashes)
 
     def forget(self, request: RequestId) -> None:
         """The request is over."""
-        for block_hash in self._by_request.pop(request, ()):
+        for block_hash in self._by_request.pop(request, NOTHING).hashes:
             coming = self._coming.get(block_hash)
             if coming is not None and coming.request_id == request:
                 del self._coming[block_hash]
 
     def covers(self, request: Any, computed: int) -> bool:
-        """Whether enough of what the request lacks after its first `computed` tokens is coming for another."""
+        """Whether half of what the request lacks after its first `computed` tokens is coming for another.
+
+        That must be half of all that is coming for the other one, too: it is there when all of it is.
+        """
         if not self._coming:
             return False
-        last = computed // self._hash_tokens + self._min_hashes - 1
-        if last >= len(request.block_hashes):
+        hashes, first = request.block_hashes, computed // self._hash_tokens
+        last = first + max((len(hashes) - first + 1) // 2, self._min_hashes) - 1
+        coming = self._coming.get(hashes[last]) if last < len(hashes) else None
+        if coming is None or coming is request or not self._waits_for_kv(coming):
             return False
-        coming = self._coming.get(request.block_hashes[last])
-        return coming is not None and coming is not request and self._waits_for_kv(coming)
+        theirs = self._by_request[coming.request_id]
+        middle = (len(theirs.hashes) - 1) // 2
+        at = theirs.first + middle
+        return at <= last or (at < len(hashes) and hashes[at] == theirs.hashes[middle])

@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -102,9 +102,13 @@ class Placing:
         return self._count
 
     @property
-    def deferred(self) -> int:
+    def deferred(self) -> Set[RequestId]:
         """Requests that wait for a prefix that another request has on its way."""
-        return len(self._deferred)
+        return self._deferred
+
+    def awaits_another(self, request: Any) -> bool:
+        """Whether the start of its prompt is on its way for another request: it is not to be begun before."""
+        return self._in_flight.covers(request, 0)
 
     def arrived(self, request: Any) -> None:
         """A request is new here."""

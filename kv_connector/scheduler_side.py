@@ -170,6 +170,7 @@ class SchedulerSide:
         """Before vLLM plans a step: prompts that it has begun stand still for those that are due earlier."""
         begun = step.begun()
         waiting = step.waiting(LOOKED_AT) if begun and step.seats > 0 else []
+        waiting = [each for each in waiting if not self._placing.awaits_another(each)]
         size = self._facts.block_size
         free_tokens = self._pool.free_blocks() * size // max(len(self._facts.geometry.groups), 1)
         free_tokens -= sum(each.num_tokens - each.num_computed_tokens + size for each in begun)
@@ -240,9 +241,12 @@ class SchedulerSide:
             self._counts.ended(outcomes)
 
     def _give_way_if_starved(self, now_ms: float) -> None:
-        """Requests that wait for KV may hold blocks that others need to go on, here and at engines that wait for us."""
-        could_run = len(self._requests) - len(self._placing) - self._placing.deferred
-        if could_run <= 0:
+        """Requests that wait for KV may hold blocks that others need to go on, here and at engines that wait for us.
+
+        Two engines may each wait for what the other one is being sent by it.
+        """
+        deferred = sum(not self._serving.is_order(each) for each in self._placing.deferred)
+        if len(self._requests) - len(self._placing) - deferred <= 0:
             self._computed_ms = now_ms
         elif now_ms - self._computed_ms > STARVED_MS:
             self._computed_ms = now_ms

@@ -125,6 +125,10 @@ class Serving:
         """Whether the next step has something to tell even if it computes nothing."""
         return bool(self._withdrawn)
 
+    def is_order(self, request: RequestId) -> bool:
+        """Whether the request is computed for another engine."""
+        return request in self._orders
+
     def arrived(self, request: Any) -> None:
         """A request is new; if it carries a ticket that holds, it is an order."""
         params = request.kv_transfer_params

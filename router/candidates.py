@@ -4,9 +4,9 @@ A roster is what does not depend on the request; it is made once for as long as 
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import ClassVar, Final, Self
+from typing import ClassVar, Final, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +31,16 @@ OUTPUT_TOKENS: Final = 128.0
 
 REUSE: Final = 0.1
 """Prior for the share of cached blocks that are wanted again: most of what is evicted was used once."""
+
+
+class Coming(NamedTuple):
+    """Of a prompt, `tokens` will be in an engine's cache before long: it computes them for others, or they are on their
+    way to it. In the latter case `source` has been asked for all up to token `supplied`.
+    """
+
+    tokens: int
+    source: EngineId | None = None
+    supplied: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,9 +121,9 @@ class Roster:
     def _named(self, places: Places) -> dict[EngineId, Engine]:
         return {self.engines[place].info.id: self.engines[place] for place in places}
 
-    def coming(self, tokens: Mapping[EngineId, int], held: Counts) -> Counts | None:
+    def coming(self, under_way: Mapping[EngineId, Coming], held: Counts) -> Counts | None:
         """Blocks after those held, of those that will be in caches; None if there are none."""
-        places = [(self.place_of[engine], each) for engine, each in tokens.items() if engine in self.place_of]
+        places = [(self.place_of[each], coming.tokens) for each, coming in under_way.items() if each in self.place_of]
         if not places:
             return None
         coming = np.zeros(len(self.engines), np.int64)
@@ -238,7 +248,8 @@ class Candidates:
     """The engines of a roster and what concerns one request: how much of the prompt each has cached, and its load.
 
     `offloaded_blocks` of the `prefix_blocks` are not on the GPU: they come after the last that is. The last
-    `coming_blocks` are being computed for others, and there by the end of the queue; None if there are none.
+    `coming_blocks` are being computed for others, and there by the end of the queue; None if there are none. They come
+    of what is `under_way`.
     `prefix_blocks` are as many as are to be counted on, `claimed_blocks` what the index says. Of answers,
     `output_tokens` are expected; `reuse` is the share of cached blocks that are wanted again. Predictions are off by
     the factor `doubt` until the first byte, by `step_doubt` for each token after it.
@@ -255,6 +266,7 @@ class Candidates:
     coming_blocks: Counts | None = None
     doubt: float = 1.0
     step_doubt: float = 1.0
+    under_way: Mapping[EngineId, Coming] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.roster.engines)

@@ -2,12 +2,21 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from vllm_llmd.names import EngineId
 from vllm_llmd.router.candidates import Candidates, Roster
 from vllm_llmd.router.policy import Choice, Policy, note_placed
 from vllm_llmd.router.request import Facts
 from vllm_llmd.router.upstream.seen import Seen
+
+
+class Supply(NamedTuple):
+    """`source` supplies `destination` with a prompt, up to token `until`."""
+
+    destination: EngineId
+    source: EngineId
+    until: int
 
 
 @dataclass(frozen=True)
@@ -33,6 +42,12 @@ class Decision:
     seen: Seen | None = None
     source_seen: Seen | None = None
 
+    @property
+    def supply(self) -> Supply | None:
+        if self.source is None or self.seen is None:
+            return None
+        return Supply(self.destination, self.source, self.source_until or int(self.seen.prompt_tokens))
+
     def new_tokens(self, engine: EngineId) -> int:
         """How many of the prompt's tokens one of the two needs blocks for."""
         return self.uncached_tokens if engine == self.destination else self.prefill_tokens.get(engine, 0)
@@ -57,6 +72,7 @@ def placed(decision: Decision, facts: Facts, candidates: Candidates, policy: Pol
 
 def decision_of(choice: Choice, facts: Facts, candidates: Candidates) -> Decision:
     """A choice in terms that hold when the columns are gone."""
+    choice = supplied_as_others(choice, facts, candidates)
     roster, at, source = candidates.roster, choice.destination, choice.source
     predicted_blocks = int(candidates.prefix_blocks[at])
     uncached_tokens = max(facts.prompt_tokens - predicted_blocks * int(roster.block_sizes[at]), 0)
@@ -65,7 +81,7 @@ def decision_of(choice: Choice, facts: Facts, candidates: Candidates) -> Decisio
         until = facts.prompt_tokens if choice.until is None else choice.until
         cached_tokens = int(candidates.prefix_blocks[source]) * int(roster.block_sizes[source])
         prefill_tokens = {
-            roster.id(at): max(facts.prompt_tokens - until, 0),
+            roster.id(at): min(max(facts.prompt_tokens - until, 0), uncached_tokens),
             roster.id(source): max(until - cached_tokens, 0),
         }
     return Decision(
@@ -82,6 +98,23 @@ def decision_of(choice: Choice, facts: Facts, candidates: Candidates) -> Decisio
         seen=_seen(facts, candidates, at),
         source_seen=None if source is None else _seen(facts, candidates, source),
     )
+
+
+def supplied_as_others(choice: Choice, facts: Facts, candidates: Candidates) -> Choice:
+    """Where what it will find is only on its way there for another request, it comes with the same source.
+
+    Engines serve who is due first. If that is this one, and not the one that has KV sent, it would compute all of it.
+    """
+    roster, at = candidates.roster, choice.destination
+    coming = candidates.under_way.get(roster.id(at))
+    if choice.source is not None or coming is None or coming.source is None:
+        return choice
+    source, block_size = roster.place_of.get(coming.source), int(roster.block_sizes[at])
+    there = int(candidates.prefix_blocks[at] - candidates.coming[at]) * block_size
+    until = min(coming.supplied, facts.prompt_tokens) // block_size * block_size
+    if source is None or source == at or until <= there:
+        return choice
+    return replace(choice, source=source, until=until, source_work_ms=choice.work_ms)
 
 
 def _work_ms(choice: Choice, roster: Roster) -> Mapping[EngineId, float]:

@@ -273,7 +273,7 @@ class Fleet:
         offloaded = np.zeros_like(on_gpu) if believed is on_gpu else np.maximum(believed - on_gpu, 0)
         if session is not None:
             believed = self.sessions.supposed(session, roster, facts.prompt_tokens, believed)
-        coming = roster.coming(self.under_way.tokens(facts, chunks), believed)
+        coming = roster.coming(under_way := self.under_way.coming(facts, chunks), believed)
         loads, rates = self.membership.ledger.read(roster.entries)
         return Candidates(
             roster,
@@ -287,12 +287,13 @@ class Fleet:
             coming,
             self.models.doubt,
             self.models.step_doubt,
+            under_way,
         )
 
     def place(self, request: str, decision: Decision, facts: Facts, chunks: Chunks) -> None:
         """Counts a decision until the request has ended, and waits for the prompt's blocks to learn from."""
         self.texts.forwarded(request, chunks)
-        self.under_way.began(request, facts, chunks, tuple(decision.prefill_tokens))
+        self.under_way.began(request, facts, chunks, tuple(decision.prefill_tokens), decision.supply)
         now_ms = self._clock.now_ms()
         for engine_id, prefill_tokens in decision.prefill_tokens.items():
             engine = self.membership.get(engine_id)

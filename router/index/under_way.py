@@ -7,11 +7,13 @@ prompt counts for as long as its request lasts: its blocks are in use until then
 from collections import OrderedDict
 from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from vllm_llmd.kernels.hash_chain import Names
 from vllm_llmd.kernels.hash_chain_cpu import piece_names, xxh64
 from vllm_llmd.names import EngineId
+from vllm_llmd.router.candidates import Coming
+from vllm_llmd.router.decide import Supply
 from vllm_llmd.router.index.texts import Chunks
 from vllm_llmd.router.request import Facts
 
@@ -43,25 +45,37 @@ class Pieces:
         return cls(root, names, float(TOKENS_PER_PIECE))
 
 
+class _Prompt(NamedTuple):
+    names: Names
+    engines: tuple[EngineId, ...]
+    supply: Supply | None
+
+
+NOTHING: Final = Coming(0)
+
+
 class UnderWay:
     """Requests from when they are placed until they end, by how their prompts begin."""
 
     def __init__(self) -> None:
-        self._by_beginning: dict[Hashable, OrderedDict[str, tuple[Names, tuple[EngineId, ...]]]] = {}
+        self._by_beginning: dict[Hashable, OrderedDict[str, _Prompt]] = {}
         self._beginning: dict[str, Hashable] = {}
         self._latest: tuple[Facts, Pieces] | None = None
 
     def __len__(self) -> int:
         return len(self._beginning)
 
-    def began(self, request: str, facts: Facts, chunks: Chunks, engines: tuple[EngineId, ...]) -> None:
+    def began(
+        self, request: str, facts: Facts, chunks: Chunks, engines: tuple[EngineId, ...], supply: Supply | None = None
+    ) -> None:
         """The prompt will be in the caches of these engines."""
         self.ended(request)
         pieces = self._pieces(facts, chunks)
         if len(pieces.names):
             beginning = pieces.root, int(pieces.names[0])
             self._beginning[request] = beginning
-            self._by_beginning.setdefault(beginning, OrderedDict())[request] = pieces.names, engines
+            alike = self._by_beginning.setdefault(beginning, OrderedDict())
+            alike[request] = _Prompt(pieces.names, engines, supply)
 
     def ended(self, request: str) -> None:
         beginning = self._beginning.pop(request, None)
@@ -71,17 +85,17 @@ class UnderWay:
             if not alike:
                 del self._by_beginning[beginning]
 
-    def tokens(self, facts: Facts, chunks: Chunks) -> dict[EngineId, int]:
-        """How many tokens from the start of the prompt will be in the caches of engines, where any will."""
+    def coming(self, facts: Facts, chunks: Chunks) -> dict[EngineId, Coming]:
+        """What of the prompt, from its start, will be in the caches of engines, where any will."""
         if not self._by_beginning:
             return {}
         pieces = self._pieces(facts, chunks)
         alike = self._by_beginning.get((pieces.root, int(pieces.names[0]))) if len(pieces.names) else None
-        found: dict[EngineId, int] = {}
-        for _, (names, engines) in zip(range(LOOKED_AT), reversed((alike or {}).values()), strict=False):
-            tokens = int(shared(pieces.names, names) * pieces.tokens)
-            for engine in engines:
-                found[engine] = max(found.get(engine, 0), tokens)
+        found: dict[EngineId, Coming] = {}
+        for _, prompt in zip(range(LOOKED_AT), reversed((alike or {}).values()), strict=False):
+            tokens = int(shared(pieces.names, prompt.names) * pieces.tokens)
+            for engine in prompt.engines:
+                found[engine] = _joined(found.get(engine, NOTHING), engine, tokens, prompt.supply)
         return found
 
     def _pieces(self, facts: Facts, chunks: Chunks) -> Pieces:
@@ -89,6 +103,14 @@ class UnderWay:
         if self._latest is None or self._latest[0] is not facts:
             self._latest = facts, Pieces.of(facts, chunks)
         return self._latest[1]
+
+
+def _joined(known: Coming, engine: EngineId, tokens: int, supply: Supply | None) -> Coming:
+    """With what another prompt brings there."""
+    source, supplied = known.source, known.supplied
+    if supply is not None and supply.destination == engine and min(tokens, supply.until) > supplied:
+        source, supplied = supply.source, min(tokens, supply.until)
+    return Coming(max(known.tokens, tokens), source, supplied)
 
 
 def shared(some: Names, others: Names) -> int:

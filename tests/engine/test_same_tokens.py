@@ -63,6 +63,16 @@ def test_two_engines_order_from_each_other_at_once(lab) -> None:
     assert answers == [lab.decode.alone(prompt) for prompt in prompts]
 
 
+def test_two_engines_that_order_the_same_prompt_from_each_other_do_not_wait_for_ever(lab) -> None:
+    """Each has to compute, for the other one, what it is to be sent by it."""
+    prompt = lab.prompt(1500)
+    with ThreadPoolExecutor(2) as pool:
+        there = pool.submit(lab.decode.complete, prompt, source="prefill-0")
+        back = pool.submit(lab.prefill.complete, prompt, source="decode-0")
+        answers = [there.result(), back.result()]
+    assert answers == [lab.decode.alone(prompt)] * 2
+
+
 def test_a_salted_prompt_is_loaded_under_its_salt(lab) -> None:
     prompt, gained = lab.prompt(300), lab.gained(lab.decode)
     answer = lab.decode.complete(prompt, source="prefill-0", cache_salt="tenant")

@@ -130,6 +130,7 @@ PURE = (
     "vllm_llmd/sim/runs.py",
     "vllm_llmd/sim/scheduler.py",
     "vllm_llmd/sim/speeds.py",
+    "vllm_llmd/sim/supplies.py",
     "vllm_llmd/sim/text.py",
     "vllm_llmd/sim/transfer.py",
     "vllm_llmd/sim/turns.py",

@@ -378,10 +378,10 @@ def test_a_prefix_that_is_on_its_way_is_waited_for() -> None:
     b.place(first)
     second = Request(150, HINT, "second", block_hashes=hashes(4))
     assert b.place(second) is None
-    assert (b.placing.deferred, len(b.client.placed)) == (1, 1)
+    assert (len(b.placing.deferred), len(b.client.placed)) == (1, 1)
     first.waits = False
     assert b.place(second) == 149
-    assert b.placing.deferred == 0
+    assert not b.placing.deferred
 
 
 def test_a_request_without_a_hint_waits_too() -> None:
@@ -401,6 +401,28 @@ def test_a_shared_prefix_too_short_to_order_is_not_waited_for() -> None:
     b.place(Request(200, HINT, "first", block_hashes=hashes(6)))
     mixed = [*hashes(3), "x", "y"]
     assert b.place(Request(170, HINT, "second", block_hashes=mixed)) == 169
+
+
+@pytest.mark.parametrize(
+    ("first", "common", "second", "waits"),
+    [(12, 6, 12, True), (12, 5, 12, False), (12, 5, 10, False), (12, 6, 6, True), (6, 6, 12, True), (6, 6, 13, False)],
+)
+def test_what_comes_must_be_half_of_what_either_lacks_to_be_waited_for(
+    first: int, common: int, second: int, waits: bool
+) -> None:
+    """Of `first` and `second` blocks, the first are `common`."""
+    b = bench()
+    b.place(Request(32 * first + 10, HINT, "first", block_hashes=hashes(first)))
+    mixed = [*hashes(common), *hashes(second - common, "own")]
+    assert (b.place(Request(32 * second + 10, HINT, "second", block_hashes=mixed)) is None) == waits
+
+
+def test_who_has_most_of_it_cached_does_not_wait_for_what_comes_after_it() -> None:
+    b = bench()
+    b.place(Request(410, HINT, "first", block_hashes=hashes(12)), computed=320)
+    assert b.place(Request(410, HINT, "second", block_hashes=hashes(12)), computed=320) is None
+    mixed = [*hashes(10), "x", "y"]
+    assert b.place(Request(410, HINT, "third", block_hashes=mixed), computed=320) == 89
 
 
 def test_nobody_waits_for_a_request_that_is_over() -> None:

@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 
 from vllm_llmd.names import EngineId, Epoch, Role
 from vllm_llmd.router import policies
-from vllm_llmd.router.candidates import Candidates, Loads, RateColumns, Roster
+from vllm_llmd.router.candidates import Candidates, Coming, Loads, RateColumns, Roster
 from vllm_llmd.router.costs import queue_ms
-from vllm_llmd.router.decide import Decision, decide
+from vllm_llmd.router.decide import Decision, Supply, decide, decision_of
 from vllm_llmd.router.members.membership import Engine, Placed, State
-from vllm_llmd.router.policy import Policy, PolicySettings
+from vllm_llmd.router.policy import Choice, Policy, PolicySettings
 from vllm_llmd.router.request import Facts
 from vllm_llmd.wire import EngineInfo, Load
 
@@ -67,6 +67,46 @@ def choose(tokens: int, *candidates: Candidate, seed: int = 0) -> Decision:
     decision = decide(facts(tokens), columns(*candidates), prefix_first(seed))
     assert decision is not None
     return decision
+
+
+def coming(at: Candidates, **engines: Coming) -> Candidates:
+    """With what is under way there."""
+    under_way = {EngineId(name): each for name, each in engines.items()}
+    blocks = at.roster.coming(under_way, at.prefix_blocks)
+    assert blocks is not None
+    return replace(at, prefix_blocks=at.prefix_blocks + blocks, coming_blocks=blocks, under_way=under_way)
+
+
+def test_who_will_find_what_is_only_on_its_way_there_is_told_the_same_source() -> None:
+    """It may be served before the one for whom it comes."""
+    at = coming(columns(engine("a"), engine("b")), a=Coming(500, EngineId("b"), 480), b=Coming(480))
+    decision = decision_of(Choice(0, work_ms=7.0), facts(600), at)
+    assert (decision.destination, decision.source, decision.source_until) == ("a", "b", 480)
+    assert decision.prefill_tokens == {"a": 600 - 496, "b": 120 - 120}
+    assert decision.work_ms == {"a": 7.0, "b": 7.0}
+    assert decision.supply == Supply(EngineId("a"), EngineId("b"), 480)
+
+
+@pytest.mark.parametrize(
+    "under_way",
+    [
+        {"a": Coming(500)},
+        {"a": Coming(500, EngineId("left"), 480)},
+        {"a": Coming(500, EngineId("b"), 40)},
+        {"b": Coming(500, EngineId("a"), 480)},
+    ],
+)
+def test_what_is_computed_there_or_comes_from_who_left_or_is_there_already_needs_no_source(
+    under_way: dict[str, Coming],
+) -> None:
+    at = coming(columns(engine("a", prefix=3), engine("b")), **under_way)
+    decision = decision_of(Choice(0), facts(600), at)
+    assert (decision.source, decision.supply) == (None, None)
+
+
+def test_a_source_that_was_chosen_stays() -> None:
+    at = coming(columns(engine("a"), engine("b"), engine("c")), a=Coming(500, EngineId("b"), 480))
+    assert decision_of(Choice(0, source=2, until=320), facts(600), at).source == "c"
 
 
 def test_no_candidate_no_decision() -> None:

@@ -186,6 +186,53 @@ def test_a_follower_is_passed_over_by_others_while_the_one_that_it_follows_is_he
     assert at.given("follower") == 140 - 128
 
 
+def supplied_from_elsewhere(name: str, prompt: int, priority: int, shared: int = 0) -> SimRequest:
+    request = ask(name, prompt, priority, shared=shared)
+    request.source = EngineId("s")
+    return request
+
+
+@pytest.mark.parametrize("policy", ["priority", "fcfs"])
+def test_who_lacks_what_is_on_its_way_for_another_waits_for_it_while_others_pass(policy: EnginePolicy) -> None:
+    at = Bench(replace(LIMITS, policy=policy, min_order_tokens=16))
+    at.submit(supplied_from_elsewhere("first", 140, 5, shared=128))
+    at.run(5.0)
+    at.submit(ask("follower", 150, 1, shared=128), ask("other", 20, priority=9))
+    at.run(35.0)
+    assert at.steps[-2:] == [{"other": 20}, {}] and at.given("follower") == 0
+    at.model.supplied("first", 128, at.now_ms)
+    at.run()
+    assert (at.given("first"), at.given("follower")) == (140 - 128, 150 - 128)
+
+
+def test_of_two_with_the_same_source_one_asks_it_and_the_other_waits() -> None:
+    at = Bench(replace(LIMITS, min_order_tokens=16))
+    at.submit(supplied_from_elsewhere("late", 140, 5, shared=128), supplied_from_elsewhere("early", 150, 1, shared=128))
+    at.run(5.0)
+    assert list(at.model.parked) == ["early"]
+    at.model.supplied("early", 128, at.now_ms)
+    at.run()
+    assert (at.given("early"), at.given("late")) == (150 - 128, 140 - 128)
+
+
+def test_nobody_waits_for_what_comes_with_much_more_or_is_a_small_part_of_what_it_lacks() -> None:
+    at = Bench(replace(LIMITS, min_order_tokens=16))
+    at.submit(supplied_from_elsewhere("long", 400, 5, shared=64))
+    at.run(5.0)
+    at.submit(ask("other", 80, 1, shared=64))
+    at.run()
+    assert at.given("other") == 80
+
+
+def test_a_prompt_that_is_computed_is_not_held_for_who_waits_for_kv_of_another() -> None:
+    at = Bench(replace(LIMITS, min_order_tokens=16))
+    at.submit(supplied_from_elsewhere("first", 140, 3, shared=128), ask("long", 96, priority=9))
+    at.run(5.0)
+    at.submit(ask("follower", 150, 1, shared=128))
+    at.run()
+    assert at.steps[:3] == [{"long": 32}] * 3
+
+
 def test_who_has_all_of_a_common_prefix_already_follows_nobody() -> None:
     at = Bench()
     at.submit(ask("before", 32, shared=32))

@@ -9,6 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_llmd.names import EngineId
+from vllm_llmd.router.candidates import Coming
+from vllm_llmd.router.decide import Supply
 from vllm_llmd.router.index.texts import cut
 from vllm_llmd.router.index.under_way import LOOKED_AT, UnderWay, shared
 from vllm_llmd.router.request import Facts
@@ -26,7 +28,7 @@ def text(content: str) -> Facts:
 
 
 def found(under_way: UnderWay, asked: Facts) -> dict[EngineId, int]:
-    return under_way.tokens(asked, cut(asked, 256))
+    return {engine: each.tokens for engine, each in under_way.coming(asked, cut(asked, 256)).items()}
 
 
 def begin(under_way: UnderWay, name: str, asked: Facts, *engines: EngineId) -> None:
@@ -53,6 +55,16 @@ def test_the_longest_of_an_engine_counts() -> None:
     begin(under_way, "long", tokens(*range(512), 5, 5), A)
     begin(under_way, "other", tokens(7, *range(512)), B)
     assert found(under_way, asked) == {A: 512}
+
+
+def test_what_comes_from_a_source_is_told_with_it_for_its_destination_alone() -> None:
+    under_way, asked = UnderWay(), tokens(*range(640))
+    under_way.began("r", asked, cut(asked, 256), (A, B), Supply(A, B, 500))
+    half = tokens(*range(320), *range(9000, 9320))
+    assert under_way.coming(asked, cut(asked, 256)) == {A: Coming(640, B, 500), B: Coming(640)}
+    assert under_way.coming(half, cut(half, 256)) == {A: Coming(320, B, 320), B: Coming(320)}
+    begin(under_way, "longer", tokens(*range(700)), A)
+    assert under_way.coming(asked, cut(asked, 256))[A] == Coming(640, B, 500)
 
 
 @pytest.mark.parametrize("other", [{"model": "n"}, {"salt": "tenant"}])

@@ -179,6 +179,7 @@ class SimEngine:
             names=names,
             priority=ask.priority,
             source=hinted[0].engine if hinted else None,
+            source_until=hinted[0].until if hinted else None,
         )
         if self.events is not None:
             self._remember_contents(tokens, names, ask)

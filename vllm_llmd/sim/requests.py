@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from vllm_llmd.names import BlockName, EngineId
+from vllm_llmd.names import BlockName, EngineId, RequestId
 from vllm_llmd.sim.block_pool import BlockId
 
 
@@ -12,7 +12,8 @@ class SimRequest:
     """What is asked for, and how far it has come.
 
     `names` are those of the prompt's full blocks, and may go on with those of the answer where that is known.
-    `source` is another engine that shall supply the prompt's KV; `asked` is whether it has been.
+    `source` is another engine that shall supply the prompt's KV, up to token `source_until` or to its end; `asked` is
+    whether it has been.
 
     `cached_tokens` is None before the request is admitted for the first time; then how much of its prompt
     needed no computing here.
@@ -25,6 +26,7 @@ class SimRequest:
     arrived_ms: float = 0.0
     priority: int = 0
     source: EngineId | None = None
+    source_until: int | None = None
 
     blocks: list[BlockId] = field(default_factory=list)
     computed: int = 0
@@ -34,6 +36,15 @@ class SimRequest:
     preemptions: int = 0
     asked: bool = False
     gone: bool = False
+
+    @property
+    def request_id(self) -> RequestId:
+        """As the connector's rules read it, and `block_hashes`."""
+        return RequestId(self.id)
+
+    @property
+    def block_hashes(self) -> Sequence[BlockName]:
+        return self.names
 
     @property
     def total(self) -> int:

@@ -16,9 +16,13 @@ from vllm_llmd.sim.offload import OffloadTier
 from vllm_llmd.sim.requests import Counts, Report, SimRequest
 from vllm_llmd.sim.runs import Run
 from vllm_llmd.sim.speeds import Speeds, Work
+from vllm_llmd.sim.supplies import Supplies
 from vllm_llmd.sim.turns import Turns
 
 _Turn = tuple[bool, int, float, int]
+
+PASSED_OVER = 64
+"""So many of those that wait for what others bring are passed over in a step; vLLM sets no bound."""
 
 
 class Scheduler:
@@ -42,6 +46,7 @@ class Scheduler:
         self._known: dict[str, SimRequest] = {}
         self._waiting: list[tuple[_Turn, SimRequest]] = []
         self._turns = Turns(limits)
+        self._supplies = Supplies(limits, self.parked)
         self._reloads: list[tuple[float, int, SimRequest, int]] = []
         self._numbers = itertools.count()
         self._batch: list[tuple[SimRequest, int]] = []
@@ -109,6 +114,7 @@ class Scheduler:
             return
         request.gone = True
         self.parked.pop(request_id, None)
+        self._supplies.ended(request)
         if request not in self.running:
             self._release(request)
         self._poke(now_ms)
@@ -167,7 +173,8 @@ class Scheduler:
         partial = [request for request in self.running if request.computed < request.total - 1]
         seats = self.limits.max_sequences - len(self.running)
         first = heapq.nsmallest(LOOKED_AT, self._waiting) if partial and seats > 0 else []
-        self._turns.begin(partial, [request for _, request in first if not request.gone], self.pool.free)
+        could_begin = [each for _, each in first if not each.gone and not self._is_on_its_way(each)]
+        self._turns.begin(partial, could_begin, self.pool.free)
 
     def _drop_gone(self) -> None:
         """Those that run and are over, or were aborted meanwhile."""
@@ -218,7 +225,7 @@ class Scheduler:
         passed_over = []
         while self._waiting and budget > 0 and len(self.running) < self.limits.max_sequences:
             request = self._waiting[0][-1]
-            if not request.gone and self._turns.passes_over(request):
+            if not request.gone and (self._turns.passes_over(request) or self._is_on_its_way(request)):
                 passed_over.append(self._waiting[0])
             elif not request.gone:
                 tokens = self._admit(request, budget, now_ms, report)
@@ -226,7 +233,7 @@ class Scheduler:
                     break
                 budget -= tokens
             heapq.heappop(self._waiting)
-            if len(passed_over) == LOOKED_AT:
+            if len(passed_over) == PASSED_OVER:
                 break
         for entry in passed_over:
             heapq.heappush(self._waiting, entry)
@@ -238,7 +245,7 @@ class Scheduler:
         hits = [] if request.blocks else self.pool.cached(request.names, (request.total - 1) // size)
         computed = request.computed or len(hits) * size
         reload_end = self._reload_end(request, computed)
-        loads = reload_end is not None or self._wants_source(request, computed)
+        loads = reload_end is not None or self._supplies.wants(request, computed)
         tokens = 0 if loads else min(request.total - computed, budget)
         needed = self.limits.blocks_of(request.prompt_tokens if loads else computed + tokens)
         needed -= len(request.blocks) + len(hits)
@@ -253,9 +260,17 @@ class Scheduler:
             due_ms = now_ms + self.speeds.reload_ms(reload_end - computed) * self.slowdown
             heapq.heappush(self._reloads, (due_ms, next(self._numbers), request, reload_end))
         else:
-            request.asked = True
+            self._supplies.asked(request, computed)
             report.wanted.append(request)
         return 0
+
+    def _is_on_its_way(self, request: SimRequest) -> bool:
+        """Whether it waits for what is being sent here for another one."""
+        if not self.parked or request.blocks:
+            return False
+        size = self.limits.block_size
+        cached = self.pool.cached(request.names, (request.total - 1) // size)
+        return self._supplies.come_for_another(request, len(cached) * size)
 
     def _reload_end(self, request: SimRequest, computed: int) -> int | None:
         """Up to which token the offload tier has what follows the first `computed` ones."""
@@ -265,11 +280,6 @@ class Scheduler:
         blocks = self.offload.held_from(request.names, computed // size, (request.total - 1) // size)
         end_token = min(computed + blocks * size, request.prompt_tokens - 1)
         return end_token if end_token > computed else None
-
-    def _wants_source(self, request: SimRequest, computed: int) -> bool:
-        if request.source is None or request.asked or request.cached_tokens is not None:
-            return False
-        return request.prompt_tokens - 1 - computed >= self.limits.min_order_tokens
 
     def _give(self, request: SimRequest, hits: list[BlockId], more: int) -> None:
         """A waiting request gets the blocks that are cached of it, and more for what is to come."""
@@ -338,6 +348,7 @@ class Scheduler:
             for request in report.finished:
                 request.gone = True
                 self._known.pop(request.id)
+                self._supplies.ended(request)
             self.counts.finished_requests += len(report.finished)
             self._drop_gone()
 
