@@ -25,12 +25,14 @@ TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 class HintedSource:
     """An engine that should supply the prompt's KV up to token `until` (exclusive), or to its end.
 
-    It serves the order by `priority`, as vLLM understands it, if that is told; else by that of the request.
+    It serves the order by `priority`, as vLLM understands it, if that is told; else by that of the request. It is not
+    to be asked for fewer tokens than `least`.
     """
 
     engine: EngineId
     until: int | None = None
     priority: int | None = None
+    least: int | None = None
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ def split(need: Need, sources: Sequence[tuple[EngineInfo, HintedSource]]) -> lis
         if until is not None and until < end:
             unit = max(need.block_size, source.geometry.groups[0].block_size if source.geometry.groups else 1)
             end = until // unit * unit
-        if end - first >= need.min_tokens:
+        if end - first >= max(need.min_tokens, hinted.least or 0):
             parts.append(Part(source, first, end, hinted.priority))
             first = end
     return parts
@@ -116,9 +118,12 @@ def split(need: Need, sources: Sequence[tuple[EngineInfo, HintedSource]]) -> lis
 def _source(raw: Any) -> HintedSource | None:
     if not isinstance(raw, Mapping) or not isinstance(raw.get("engine"), str):
         return None
-    until, priority = raw.get("until"), raw.get("priority")
+    until, priority, least = raw.get("until"), raw.get("priority"), raw.get("least")
     return HintedSource(
-        EngineId(raw["engine"]), until if _is_count(until) else None, priority if _is_priority(priority) else None
+        EngineId(raw["engine"]),
+        until if _is_count(until) else None,
+        priority if _is_priority(priority) else None,
+        least if _is_count(least) else None,
     )
 
 

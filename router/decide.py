@@ -23,7 +23,8 @@ class Supply(NamedTuple):
 class Decision:
     """`predicted_blocks` of the prompt are cached at `destination`, `claimed_blocks` if the index is right.
 
-    `source` supplies KV up to token `source_until`, or to the prompt's end if that is None. `prefill_tokens` says how
+    `source` supplies KV up to token `source_until`, or to the prompt's end if that is None, unless fewer tokens than
+    `source_least` lack. `prefill_tokens` says how
     many of the prompt's tokens each of the two then computes, and `work_ms` how long that takes, where the policy has
     said so: what others make ready for it counts as well. `terms` are its costs in milliseconds; `choice` is what
     it was made of, `seen` what the request found there, and `source_seen` at the source.
@@ -36,6 +37,7 @@ class Decision:
     uncached_tokens: int
     terms: Mapping[str, float]
     source_until: int | None = None
+    source_least: int | None = None
     prefill_tokens: Mapping[EngineId, int] = field(default_factory=dict)
     work_ms: Mapping[EngineId, float] = field(default_factory=dict)
     choice: Choice | None = None
@@ -72,7 +74,9 @@ def placed(decision: Decision, facts: Facts, candidates: Candidates, policy: Pol
 
 def decision_of(choice: Choice, facts: Facts, candidates: Candidates) -> Decision:
     """A choice in terms that hold when the columns are gone."""
-    choice = supplied_as_others(choice, facts, candidates)
+    made, least = choice, None
+    if choice.source is None:
+        choice, least = supplied_as_others(choice, facts, candidates)
     roster, at, source = candidates.roster, choice.destination, choice.source
     predicted_blocks = int(candidates.prefix_blocks[at])
     uncached_tokens = max(facts.prompt_tokens - predicted_blocks * int(roster.block_sizes[at]), 0)
@@ -92,29 +96,31 @@ def decision_of(choice: Choice, facts: Facts, candidates: Candidates) -> Decisio
         uncached_tokens=uncached_tokens,
         terms=choice.terms,
         source_until=choice.until,
+        source_least=least,
         prefill_tokens=prefill_tokens,
         work_ms=_work_ms(choice, roster),
-        choice=choice,
+        choice=made,
         seen=_seen(facts, candidates, at),
         source_seen=None if source is None else _seen(facts, candidates, source),
     )
 
 
-def supplied_as_others(choice: Choice, facts: Facts, candidates: Candidates) -> Choice:
+def supplied_as_others(choice: Choice, facts: Facts, candidates: Candidates) -> tuple[Choice, int | None]:
     """Where what it will find is only on its way there for another request, it comes with the same source.
 
     Engines serve who is due first. If that is this one, and not the one that has KV sent, it would compute all of it.
+    If most is there by its turn, nothing is to be asked for: how many tokens of a text others share is an estimate.
     """
     roster, at = candidates.roster, choice.destination
     coming = candidates.under_way.get(roster.id(at))
-    if choice.source is not None or coming is None or coming.source is None:
-        return choice
+    if coming is None or coming.source is None:
+        return choice, None
     source, block_size = roster.place_of.get(coming.source), int(roster.block_sizes[at])
     there = int(candidates.prefix_blocks[at] - candidates.coming[at]) * block_size
     until = min(coming.supplied, facts.prompt_tokens) // block_size * block_size
     if source is None or source == at or until <= there:
-        return choice
-    return replace(choice, source=source, until=until, source_work_ms=choice.work_ms)
+        return choice, None
+    return replace(choice, source=source, until=until, source_work_ms=choice.work_ms), max((until - there) // 2, 1)
 
 
 def _work_ms(choice: Choice, roster: Roster) -> Mapping[EngineId, float]:

@@ -138,6 +138,11 @@ def _hint(call: Call, decision: Decision) -> dict[str, Any]:
     if decision.source is None:
         return hint
     priority = None if call.band is None else _priority(call, call.band, decision, decision.source)
-    source = {"engine": decision.source, "until": decision.source_until, "priority": priority}
+    source = {
+        "engine": decision.source,
+        "until": decision.source_until,
+        "priority": priority,
+        "least": decision.source_least,
+    }
     said = {name: value for name, value in source.items() if value is not None}
     return {**hint, "source": decision.source} if len(said) == 1 else {**hint, "sources": [said]}

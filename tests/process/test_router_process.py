@@ -239,6 +239,25 @@ async def test_a_long_prompt_gets_the_prefill_engine_as_its_source_and_a_short_o
     assert not prefill.requests
 
 
+async def test_who_will_find_what_is_on_its_way_for_another_is_told_its_source(
+    site: Site,
+) -> None:
+    decode, prefill = await site.engine("d", role="decode"), await site.engine("p", role="prefill")
+    await site.ready(decode, prefill)
+    decode.behaviour = Behaviour.STALL
+    stalled = []
+    for number, end in enumerate(("one", "another"), start=1):
+        stalled.append(asyncio.create_task(site.post(chat(LONG + end)).__aenter__()))
+        await until(lambda: asyncio.sleep(0, len(decode.requests)), lambda count, number=number: count == number)
+    hints = [read_hint(received.body["kv_transfer_params"]) for received in decode.requests]
+    assert [[source.engine for source in hint.sources] for hint in hints] == [["p"], ["p"]]
+    (first,), (second,) = (hint.sources for hint in hints)
+    assert (first.until, first.least) == (None, None)
+    assert second.until is not None and second.least == second.until // 2
+    for each in stalled:
+        each.cancel()
+
+
 async def test_two_routers_know_the_same_and_neither_needs_the_other(site: Site, other: Site) -> None:
     engine = FakeEngine(FakeSettings("a", (site.router.zmq, other.router.zmq)))
     site.engines.append(await engine.start())

@@ -352,7 +352,8 @@ MEMBERS = [
 names = st.sampled_from([info.id for info in MEMBERS] + ["nobody"])
 untils = st.sampled_from([16, 17, 50, 64, 98, 1000]) | numbers
 sources = st.lists(
-    st.fixed_dictionaries({"engine": names}, optional={"until": untils, "else": anything}) | anything, max_size=5
+    st.fixed_dictionaries({"engine": names}, optional={"until": untils, "least": untils, "else": anything}) | anything,
+    max_size=5,
 )
 hints = st.fixed_dictionaries(
     {"sources": sources},
@@ -419,10 +420,10 @@ def test_whatever_is_hinted_only_well_formed_orders_are_placed(raw: Any, tokens:
     check_hinted(raw, tokens, min(computed, tokens // BLOCK * BLOCK), tp)
 
 
-@pytest.mark.parametrize("name", ["sources", "source", "request", "deadline_ms", "trace", "engine", "until"])
+@pytest.mark.parametrize("name", ["sources", "source", "request", "deadline_ms", "trace", "engine", "until", "least"])
 def test_no_value_of_any_field_of_a_hint_stops_the_engine(name: str) -> None:
     for value in [*NUMBERS, *WORDS, *SHAPES]:
-        hinted = {"engine": "s", "until": 64}
+        hinted = {"engine": "s", "until": 64, "least": 20}
         hint = {"source": "s", "sources": [hinted, {"engine": "o"}], "request": "r"}
         (hinted if name in hinted else hint)[name] = value
         check_hinted({"llmd": hint}, 100, 0)

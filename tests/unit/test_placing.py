@@ -348,6 +348,14 @@ def test_a_prefix_alone_can_be_fetched_and_the_rest_is_computed_here() -> None:
     assert b.client.placed[0].body["prompt"] == list(range(97))
 
 
+@pytest.mark.parametrize(("least", "computed", "ordered"), [(96, 0, 96), (97, 0, 0), (64, 32, 64), (65, 32, 0)])
+def test_fewer_tokens_than_the_hint_says_are_not_ordered(least: int, computed: int, ordered: int) -> None:
+    b = bench()
+    hint = {"llmd": {"sources": [{"engine": "s", "until": 100, "least": least}]}}
+    assert b.place(Request(200, hint), computed=computed) == ordered
+    assert b.placing.take_fallbacks() == {}
+
+
 def test_a_prefix_ends_where_a_block_ends_on_both_sides() -> None:
     b = bench(peer(geometry=geometry((64, 0))))
     assert b.place(Request(200, {"llmd": {"sources": [{"engine": "s", "until": 100}]}})) == 64

@@ -85,6 +85,8 @@ def test_who_will_find_what_is_only_on_its_way_there_is_told_the_same_source() -
     assert decision.prefill_tokens == {"a": 600 - 496, "b": 120 - 120}
     assert decision.work_ms == {"a": 7.0, "b": 7.0}
     assert decision.supply == Supply(EngineId("a"), EngineId("b"), 480)
+    assert decision.source_least == 240
+    assert decision.choice == Choice(0, work_ms=7.0), "what the policy has chosen is kept"
 
 
 @pytest.mark.parametrize(
@@ -106,7 +108,8 @@ def test_what_is_computed_there_or_comes_from_who_left_or_is_there_already_needs
 
 def test_a_source_that_was_chosen_stays() -> None:
     at = coming(columns(engine("a"), engine("b"), engine("c")), a=Coming(500, EngineId("b"), 480))
-    assert decision_of(Choice(0, source=2, until=320), facts(600), at).source == "c"
+    decision = decision_of(Choice(0, source=2, until=320), facts(600), at)
+    assert (decision.source, decision.source_least) == ("c", None)
 
 
 def test_no_candidate_no_decision() -> None:

@@ -215,6 +215,17 @@ def test_of_two_with_the_same_source_one_asks_it_and_the_other_waits() -> None:
     assert (at.given("early"), at.given("late")) == (150 - 128, 140 - 128)
 
 
+def test_a_source_is_not_asked_for_less_than_it_is_named_for() -> None:
+    at = Bench(replace(LIMITS, min_order_tokens=16))
+    at.submit(ask("before", 64, shared=64))
+    at.run()
+    asks, does_not = (supplied_from_elsewhere(name, 140, 5, shared=64) for name in ("asks", "does not"))
+    asks.source_least, does_not.source_least = 75, 76
+    at.submit(asks, does_not)
+    at.run()
+    assert list(at.model.parked) == ["asks"] and at.given("does not") == 140 - 64
+
+
 def test_nobody_waits_for_what_comes_with_much_more_or_is_a_small_part_of_what_it_lacks() -> None:
     at = Bench(replace(LIMITS, min_order_tokens=16))
     at.submit(supplied_from_elsewhere("long", 400, 5, shared=64))

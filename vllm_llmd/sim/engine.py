@@ -180,6 +180,7 @@ class SimEngine:
             priority=ask.priority,
             source=hinted[0].engine if hinted else None,
             source_until=hinted[0].until if hinted else None,
+            source_least=hinted[0].least if hinted else None,
         )
         if self.events is not None:
             self._remember_contents(tokens, names, ask)

@@ -12,8 +12,8 @@ class SimRequest:
     """What is asked for, and how far it has come.
 
     `names` are those of the prompt's full blocks, and may go on with those of the answer where that is known.
-    `source` is another engine that shall supply the prompt's KV, up to token `source_until` or to its end; `asked` is
-    whether it has been.
+    `source` is another engine that shall supply the prompt's KV, up to token `source_until` or to its end, if at least
+    `source_least` tokens lack; `asked` is whether it has been.
 
     `cached_tokens` is None before the request is admitted for the first time; then how much of its prompt
     needed no computing here.
@@ -27,6 +27,7 @@ class SimRequest:
     priority: int = 0
     source: EngineId | None = None
     source_until: int | None = None
+    source_least: int | None = None
 
     blocks: list[BlockId] = field(default_factory=list)
     computed: int = 0

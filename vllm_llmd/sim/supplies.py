@@ -19,7 +19,7 @@ class Supplies:
         """Whether its source is to be asked for what it lacks after so many tokens."""
         if request.source is None or request.asked or request.cached_tokens is not None:
             return False
-        return _end_of(request) - computed >= self._min_tokens
+        return _end_of(request) - computed >= max(self._min_tokens, request.source_least or 0)
 
     def asked(self, request: SimRequest, computed: int) -> None:
         """Its source has been."""

@@ -160,7 +160,7 @@ class Simulation:
         names: list[BlockName] = chain_names(np.concatenate((prompt, request.answer(number))), size).tolist()
         name = _attempt(call.id, outcome)
         asked = SimRequest(name, request.prompt_tokens, request.output_tokens, names, source=decision.source)
-        asked.source_until = decision.source_until
+        asked.source_until, asked.source_least = decision.source_until, decision.source_least
         asked.priority = self._priority(call, decision, decision.destination)
         outcome.destination, outcome.source = decision.destination, decision.source
         outcome.predicted_cached_tokens = decision.predicted_blocks * size
