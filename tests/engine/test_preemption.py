@@ -103,7 +103,7 @@ def drained(lab: Any, engine: str) -> Iterator[None]:
 
 def test_a_victim_that_waits_for_kv_lets_go_of_its_source_and_comes_again(lab) -> None:
     """Its source is so slow that it still computes; a decode engine with 24 requests is saturated, by default."""
-    long, gained = asked_for(lab.prompt(5000), 8), lab.gained(lab.decode)
+    long, gained = asked_for(lab.prompt(7800), 8), lab.gained(lab.decode)
     bodies, urgent = [asked_for(lab.prompt(30), 300) for _ in range(23)], asked_for(lab.prompt(20), 4)
     before = metric(lab, "vllm_llmd_preempted_requests_total")
     with drained(lab, "prefill-0"):

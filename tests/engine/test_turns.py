@@ -5,7 +5,8 @@ The engine's steps are of 16 tokens.
 
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 
-LONG = 2500
+LONG = 7800
+"""So long that a fast engine still computes it when a heartbeat has told of it, and for a while after that."""
 LATE, EARLY = 1000, 10
 
 
