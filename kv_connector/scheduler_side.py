@@ -204,7 +204,7 @@ class SchedulerSide:
         elif self._placing:
             self._give_way_if_starved(now_ms)
         self._placing.fill(plan)
-        self._serving.fill(plan, scheduled)
+        self._serving.fill(plan, scheduled, self._requests)
         for request_id in self._prefilling.keys() & scheduled.keys():
             self._note_progress(self._prefilling[request_id], scheduled[request_id])
         if not scheduled and self._waits_for_io:

@@ -4,7 +4,7 @@ import logging
 from collections import Counter, OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import msgspec
 
@@ -28,6 +28,9 @@ LAYER_RANGE_BYTES = 1 << 18
 
 REMEMBERED_ORDERS = 65_536
 """Orders that are known again if they come a second time."""
+
+
+NO_REQUESTS: Final[Mapping[RequestId, Any]] = {}
 
 
 class Pool(Protocol):
@@ -163,11 +166,15 @@ class Serving:
         )
         self.count += 1
 
-    def fill(self, plan: StepPlan, scheduled: Mapping[RequestId, int]) -> None:
-        """Pin and announce what the step at hand, which computes `scheduled` tokens per request, makes ready."""
+    def fill(
+        self, plan: StepPlan, scheduled: Mapping[RequestId, int], requests: Mapping[RequestId, Any] = NO_REQUESTS
+    ) -> None:
+        """Pin and announce what the step at hand makes ready, which computes `scheduled` tokens of `requests`."""
         for request_id, serving in self._orders.items():
             if request_id in scheduled and not serving.complete:
-                self._announce(plan, serving, scheduled[request_id])
+                others = {each: tokens for each, tokens in scheduled.items() if each != request_id and each in requests}
+                there = self._there(serving, [(requests[each], tokens) for each, tokens in others.items()])
+                self._announce(plan, serving, scheduled[request_id], there)
         plan.withdrawals, self._withdrawn = self._withdrawn, []
 
     def finished(self, request: Any) -> dict[str, Any] | None:
@@ -182,14 +189,34 @@ class Serving:
 
     # --- ranges -----------------------------------------------------------------------------------------------
 
-    def _announce(self, plan: StepPlan, serving: _Serving, tokens: int) -> None:
+    def _there(self, serving: _Serving, others: Sequence[tuple[Any, int]]) -> int:
+        """How many tokens of an order are there before the step.
+
+        vLLM finds blocks in its cache as soon as they are scheduled: it may have found some that this step computes for
+        `others`, with so many tokens each.
+        """
+        there: int = serving.request.num_computed_tokens
+        groups = self._policy.geometry.groups
+        if all(there // each.block_size <= done for each, done in zip(groups, serving.next_blocks, strict=True)):
+            return there
+        blocks = self._pool.blocks_of(serving.request.request_id)
+        for number, group in enumerate(groups):
+            size, written = group.block_size, set[int]()
+            for other, tokens in others:
+                first, end = other.num_computed_tokens // size, -(-(other.num_computed_tokens + tokens) // size)
+                written.update(block.block_id for block in self._pool.blocks_of(other.request_id)[number][first:end])
+            found = (i for i, block in enumerate(blocks[number]) if block.block_id in written and not block.is_null)
+            there = min(there, next(found, there) * size)
+        return there
+
+    def _announce(self, plan: StepPlan, serving: _Serving, tokens: int, there: int) -> None:
         """What was there before the step is announced before it runs, what it computes when it has run."""
         if serving.expires_ms is not None and self._clock.now_ms() > serving.expires_ms:
             self._withdraw(serving, "deadline passed")
             return
         before = serving.request.num_computed_tokens
-        all_there = before >= serving.ticket.end_token
-        cached = self._strips(serving, min(before, serving.ticket.end_token), partial=all_there)
+        all_there = there >= serving.ticket.end_token
+        cached = self._strips(serving, min(there, serving.ticket.end_token), partial=all_there)
         if cached:
             plan.cached.append(self._range(serving, cached, all_there, (0, 0)))
         if serving.complete:

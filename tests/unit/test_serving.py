@@ -136,6 +136,18 @@ def test_what_the_source_has_cached_is_announced_before_the_step_runs() -> None:
     assert strips(plan) == [(1, 2, [102, 103], True)]
 
 
+def test_what_another_request_computes_in_this_very_step_is_not_announced_before_it() -> None:
+    """vLLM finds it in its cache already: the blocks of all requests are the same ones here."""
+    b = bench()
+    order, other = b.start(3 * BLOCK), Request(3 * BLOCK, None, "other", num_computed_tokens=BLOCK)
+    order.num_computed_tokens = 2 * BLOCK
+    plan = StepPlan()
+    scheduled = {RequestId("other"): BLOCK, RequestId("r"): BLOCK}
+    b.serving.fill(plan, scheduled, {RequestId("other"): other, RequestId("r"): order})
+    assert [each.message.strips[0].blocks for each in plan.cached] == [[100]]
+    assert [each.message.strips[0].blocks for each in plan.ranges] == [[101, 102]]
+
+
 def test_a_prefix_that_is_cached_to_its_end_needs_no_step() -> None:
     b = bench()
     request = Request(65, ticket(end_token=64))
