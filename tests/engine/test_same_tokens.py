@@ -63,9 +63,10 @@ def test_two_engines_order_from_each_other_at_once(lab) -> None:
     assert answers == [lab.decode.alone(prompt) for prompt in prompts]
 
 
-def test_two_engines_that_order_the_same_prompt_from_each_other_do_not_wait_for_ever(lab) -> None:
-    """Each has to compute, for the other one, what it is to be sent by it."""
-    prompt = lab.prompt(1500)
+@pytest.mark.parametrize("tokens", [1500, 1611, 1722, 1833])
+def test_two_engines_that_order_the_same_prompt_from_each_other_do_not_wait_for_ever(lab, tokens: int) -> None:
+    """Each has to compute, for the other one, what it is to be sent by it, and its own request in the same steps."""
+    prompt = lab.prompt(tokens)
     with ThreadPoolExecutor(2) as pool:
         there = pool.submit(lab.decode.complete, prompt, source="prefill-0")
         back = pool.submit(lab.prefill.complete, prompt, source="decode-0")
