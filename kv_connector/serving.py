@@ -4,7 +4,7 @@ import logging
 from collections import Counter, OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from typing import Any, Protocol
 
 import msgspec
 
@@ -28,9 +28,6 @@ LAYER_RANGE_BYTES = 1 << 18
 
 REMEMBERED_ORDERS = 65_536
 """Orders that are known again if they come a second time."""
-
-
-NO_REQUESTS: Final[Mapping[RequestId, Any]] = {}
 
 
 class Pool(Protocol):
@@ -166,14 +163,11 @@ class Serving:
         )
         self.count += 1
 
-    def fill(
-        self, plan: StepPlan, scheduled: Mapping[RequestId, int], requests: Mapping[RequestId, Any] = NO_REQUESTS
-    ) -> None:
+    def fill(self, plan: StepPlan, scheduled: Mapping[RequestId, int], requests: Mapping[RequestId, Any]) -> None:
         """Pin and announce what the step at hand makes ready, which computes `scheduled` tokens of `requests`."""
         for request_id, serving in self._orders.items():
             if request_id in scheduled and not serving.complete:
-                others = {each: tokens for each, tokens in scheduled.items() if each != request_id and each in requests}
-                there = self._there(serving, [(requests[each], tokens) for each, tokens in others.items()])
+                there = self._there(serving, scheduled, requests)
                 self._announce(plan, serving, scheduled[request_id], there)
         plan.withdrawals, self._withdrawn = self._withdrawn, []
 
@@ -189,22 +183,25 @@ class Serving:
 
     # --- ranges -----------------------------------------------------------------------------------------------
 
-    def _there(self, serving: _Serving, others: Sequence[tuple[Any, int]]) -> int:
+    def _there(self, serving: _Serving, scheduled: Mapping[RequestId, int], requests: Mapping[RequestId, Any]) -> int:
         """How many tokens of an order are there before the step.
 
         vLLM finds blocks in its cache as soon as they are scheduled: it may have found some that this step computes for
-        `others`, with so many tokens each.
+        another request.
         """
-        there: int = serving.request.num_computed_tokens
+        order = serving.request
+        there: int = order.num_computed_tokens
         groups = self._policy.geometry.groups
         if all(there // each.block_size <= done for each, done in zip(groups, serving.next_blocks, strict=True)):
             return there
-        blocks = self._pool.blocks_of(serving.request.request_id)
+        blocks = self._pool.blocks_of(order.request_id)
+        others = scheduled.keys() & requests.keys() - {order.request_id}
         for number, group in enumerate(groups):
             size, written = group.block_size, set[int]()
-            for other, tokens in others:
-                first, end = other.num_computed_tokens // size, -(-(other.num_computed_tokens + tokens) // size)
-                written.update(block.block_id for block in self._pool.blocks_of(other.request_id)[number][first:end])
+            for name in others:
+                computed = requests[name].num_computed_tokens
+                first, end = computed // size, -(-(computed + scheduled[name]) // size)
+                written.update(block.block_id for block in self._pool.blocks_of(name)[number][first:end])
             found = (i for i, block in enumerate(blocks[number]) if block.block_id in written and not block.is_null)
             there = min(there, next(found, there) * size)
         return there

@@ -24,10 +24,10 @@ class Decision:
     """`predicted_blocks` of the prompt are cached at `destination`, `claimed_blocks` if the index is right.
 
     `source` supplies KV up to token `source_until`, or to the prompt's end if that is None, unless fewer tokens than
-    `source_least` lack. `prefill_tokens` says how
-    many of the prompt's tokens each of the two then computes, and `work_ms` how long that takes, where the policy has
-    said so: what others make ready for it counts as well. `terms` are its costs in milliseconds; `choice` is what
-    it was made of, `seen` what the request found there, and `source_seen` at the source.
+    `source_least` lack. `prefill_tokens` says how many of the prompt's tokens each of the two then computes, and
+    `work_ms` how long that takes, where the policy has said so: what others make ready for it counts as well. `terms`
+    are its costs in milliseconds; `choice` is what the policy chose, `seen` what the request found there, and
+    `source_seen` at the source.
     """
 
     destination: EngineId
@@ -74,9 +74,8 @@ def placed(decision: Decision, facts: Facts, candidates: Candidates, policy: Pol
 
 def decision_of(choice: Choice, facts: Facts, candidates: Candidates) -> Decision:
     """A choice in terms that hold when the columns are gone."""
-    made, least = choice, None
-    if choice.source is None:
-        choice, least = supplied_as_others(choice, facts, candidates)
+    made = choice
+    choice, least = supplied_as_others(made, facts, candidates)
     roster, at, source = candidates.roster, choice.destination, choice.source
     predicted_blocks = int(candidates.prefix_blocks[at])
     uncached_tokens = max(facts.prompt_tokens - predicted_blocks * int(roster.block_sizes[at]), 0)
@@ -113,7 +112,7 @@ def supplied_as_others(choice: Choice, facts: Facts, candidates: Candidates) -> 
     """
     roster, at = candidates.roster, choice.destination
     coming = candidates.under_way.get(roster.id(at))
-    if coming is None or coming.source is None:
+    if choice.source is not None or coming is None or coming.source is None:
         return choice, None
     source, block_size = roster.place_of.get(coming.source), int(roster.block_sizes[at])
     there = int(candidates.prefix_blocks[at] - candidates.coming[at]) * block_size

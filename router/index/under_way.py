@@ -95,7 +95,9 @@ class UnderWay:
         for _, prompt in zip(range(LOOKED_AT), reversed((alike or {}).values()), strict=False):
             tokens = int(shared(pieces.names, prompt.names) * pieces.tokens)
             for engine in prompt.engines:
-                found[engine] = _joined(found.get(engine, NOTHING), engine, tokens, prompt.supply)
+                known = found.get(engine, NOTHING)
+                if tokens > known.tokens or prompt.supply is not None or known is NOTHING:
+                    found[engine] = _joined(known, engine, tokens, prompt.supply)
         return found
 
     def _pieces(self, facts: Facts, chunks: Chunks) -> Pieces:

@@ -123,7 +123,7 @@ class Source(FakePool):
     def fill(self, scheduled: Mapping[str, int]) -> None:
         """A step's plan reaches the ranks."""
         plan = StepPlan()
-        self.serving.fill(plan, scheduled)
+        self.serving.fill(plan, scheduled, {})
         now = self.clock.now_ms()
         for planned in [*plan.cached, *plan.ranges]:
             for rank, caller in self.readers(planned.reader):

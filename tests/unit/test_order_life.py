@@ -378,7 +378,7 @@ class EnginesThatOrder(RuleBasedStateMachine):
         if until <= before or not source.allocate(request, until):
             return
         plan = StepPlan()
-        source.serving.fill(plan, {request.request_id: until - before})
+        source.serving.fill(plan, {request.request_id: until - before}, {request.request_id: request})
         self.announce(source, plan.cached)
         source.write(request, range(before, until))
         self.announce(source, plan.ranges)
@@ -409,7 +409,7 @@ class EnginesThatOrder(RuleBasedStateMachine):
     def end_request(self, source: SourceEngine, request: Request) -> None:
         source.serving.finished(request)
         plan = StepPlan()
-        source.serving.fill(plan, {})
+        source.serving.fill(plan, {}, {})
         self.withdraw(source, plan)
         source.release(request)
         del source.requests[request.request_id]

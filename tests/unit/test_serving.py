@@ -72,7 +72,7 @@ class Bench:
 
     def step(self, request: Request, tokens: int) -> StepPlan:
         plan = StepPlan()
-        self.serving.fill(plan, {request.request_id: tokens})
+        self.serving.fill(plan, {RequestId(request.request_id): tokens}, {RequestId(request.request_id): request})
         request.num_computed_tokens += tokens
         return plan
 
@@ -238,7 +238,7 @@ def test_a_source_request_that_ends_early_withdraws_the_order() -> None:
     b.serving.finished(request)
     assert b.serving.has_news
     plan = StepPlan()
-    b.serving.fill(plan, {})
+    b.serving.fill(plan, {}, {})
     assert [withdrawal.order for withdrawal in plan.withdrawals] == ["o"]
     assert not b.serving.has_news
 

@@ -48,6 +48,11 @@ class SimRequest:
         return self.names
 
     @property
+    def supplied_end(self) -> int:
+        """Up to which token its source is to supply it: the last one is left to the engine that it is at."""
+        return min(self.source_until or self.prompt_tokens, self.prompt_tokens - 1)
+
+    @property
     def total(self) -> int:
         """Tokens that there are, computed or not."""
         return self.prompt_tokens + self.made

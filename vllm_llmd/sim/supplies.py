@@ -12,19 +12,18 @@ class Supplies:
 
     def __init__(self, limits: Limits, parked: Mapping[str, SimRequest]) -> None:
         self._min_tokens = limits.min_order_tokens
-        self._parked = parked
         self._on_their_way = InFlight(limits.block_size, limits.min_order_tokens, lambda each: each.id in parked)
 
     def wants(self, request: SimRequest, computed: int) -> bool:
         """Whether its source is to be asked for what it lacks after so many tokens."""
         if request.source is None or request.asked or request.cached_tokens is not None:
             return False
-        return _end_of(request) - computed >= max(self._min_tokens, request.source_least or 0)
+        return request.supplied_end - computed >= max(self._min_tokens, request.source_least or 0)
 
     def asked(self, request: SimRequest, computed: int) -> None:
         """Its source has been."""
         request.asked = True
-        self._on_their_way.add(request, computed, _end_of(request))
+        self._on_their_way.add(request, computed, request.supplied_end)
 
     def ended(self, request: SimRequest) -> None:
         """The request is over."""
@@ -32,9 +31,4 @@ class Supplies:
 
     def come_for_another(self, request: SimRequest, computed: int) -> bool:
         """Whether enough of what it lacks after so many tokens is being sent here for another one."""
-        return bool(self._parked) and self._on_their_way.covers(request, computed)
-
-
-def _end_of(request: SimRequest) -> int:
-    """Up to which token it is to be supplied: the last one is left to this engine."""
-    return min(request.source_until or request.prompt_tokens, request.prompt_tokens - 1)
+        return self._on_their_way.covers(request, computed)

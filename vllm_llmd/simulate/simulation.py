@@ -272,7 +272,7 @@ class Simulation:
         now_ms, asked = self._events.now_ms(), self._asked[request.id]
         decision = asked.decision
         source = self._by_id.get(decision.source or member.id)
-        end_token = min(decision.source_until or request.prompt_tokens, request.prompt_tokens - 1)
+        end_token = request.supplied_end
         if source is None or source is member or end_token <= request.computed:
             member.model.supplied(request.id, 0, now_ms)
             return
