@@ -32,5 +32,6 @@ def _computing_ms(asked: Asked, place: int, first: int, end: int) -> float:
     there = (int(of.prefix_blocks[place]) - coming) * int(of.roster.block_sizes[place])
     first = max(first, min(there, end - 1))
     tokens, cached_tokens = np.array([[end - first], [first]], np.float64)
-    [found_ms] = costs.prefill_ms(tokens, cached_tokens, rates["token_ms"], rates["context_ms"]).tolist()
+    with np.errstate(all="ignore"):  # rates may be anything
+        [found_ms] = costs.prefill_ms(tokens, cached_tokens, rates["token_ms"], rates["context_ms"]).tolist()
     return float(found_ms)

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from vllm_llmd.names import EngineId, Epoch
@@ -113,6 +113,7 @@ def test_no_lie_saturates_a_fleet_in_which_nothing_is_in_flight(
 
 
 @settings(max_examples=25)
+@example([(Rates(token_ms=0.0, context_ms=1e306), Load(), 0, 0)])
 @given(st.lists(st.tuples(rates, loads, st.integers(0, 2**40), st.integers(0, 2**40)), min_size=1, max_size=5))
 @pytest.mark.parametrize("name", NAMES)
 def test_no_policy_raises_for_columns_that_make_no_sense(name: str, rows: list[tuple[Rates, Load, int, int]]) -> None:
