@@ -50,6 +50,10 @@ class Decision:
             return None
         return Supply(self.destination, self.source, self.source_until or int(self.seen.prompt_tokens))
 
+    def gives(self, engine: EngineId) -> bool:
+        """Whether it supplies what it has, or what others compute there, and computes nothing for it."""
+        return engine == self.source and self.source_until is not None
+
     def new_tokens(self, engine: EngineId) -> int:
         """How many of the prompt's tokens one of the two needs blocks for."""
         return self.uncached_tokens if engine == self.destination else self.prefill_tokens.get(engine, 0)

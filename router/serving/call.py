@@ -130,7 +130,8 @@ def _turn(engine: Engine, call: Call, decision: Decision) -> int | None:
 
 def _priority(call: Call, band: int, decision: Decision, engine: EngineId) -> int | None:
     """None if it would say nothing."""
-    return turns.priority(band, call.came_unix_ms, decision.work_ms.get(engine), call.wish.ttft_ms) or None
+    work_ms, gives = decision.work_ms.get(engine), decision.gives(engine)
+    return turns.priority(band, call.came_unix_ms, work_ms, call.wish.ttft_ms, gives) or None
 
 
 def _hint(call: Call, decision: Decision) -> dict[str, Any]:

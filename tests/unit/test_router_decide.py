@@ -85,6 +85,7 @@ def test_who_will_find_what_is_only_on_its_way_there_is_told_the_same_source() -
     assert decision.prefill_tokens == {"a": 600 - 496, "b": 120 - 120}
     assert decision.work_ms == {"a": 7.0, "b": 7.0}
     assert decision.supply == Supply(EngineId("a"), EngineId("b"), 480)
+    assert [decision.gives(EngineId(name)) for name in "ab"] == [False, True]
     assert decision.source_least == 240
     assert decision.choice == Choice(0, work_ms=7.0), "what the policy has chosen is kept"
 
@@ -110,6 +111,8 @@ def test_a_source_that_was_chosen_stays() -> None:
     at = coming(columns(engine("a"), engine("b"), engine("c")), a=Coming(500, EngineId("b"), 480))
     decision = decision_of(Choice(0, source=2, until=320), facts(600), at)
     assert (decision.source, decision.source_least) == ("c", None)
+    prefilled = decision_of(Choice(0, source=2), facts(600), at)
+    assert not prefilled.gives(EngineId("c")), "it computes the prompt"
 
 
 def test_no_candidate_no_decision() -> None:

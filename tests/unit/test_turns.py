@@ -41,6 +41,12 @@ def test_work_that_cannot_be_makes_it_due_at_once_or_within_hours(work_ms: float
     assert NOW_MS <= priority(0, NOW_MS, work_ms) <= NOW_MS + STRETCH * 3.6e6
 
 
+def test_a_source_that_gives_what_others_compute_is_to_do_so_as_soon_as_it_can() -> None:
+    assert priority(0, NOW_MS, 2000, gives=True) == NOW_MS + 2000
+    assert priority(0, NOW_MS, 2000, 700, gives=True) == NOW_MS + 700, "an objective holds for orders, too"
+    assert priority(2, NOW_MS, None, gives=True) == -2, "who did not reckon says nothing of when it is due"
+
+
 @pytest.mark.parametrize(
     ("body", "band"), [({}, 5), ({"priority": 3}, -3), ({"priority": 1001}, None), ({"priority": True}, None)]
 )

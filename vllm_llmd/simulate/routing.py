@@ -106,7 +106,7 @@ class Routing:
     def priority(self, call: Call, decision: Decision, engine: EngineId) -> int:
         """What an engine that schedules by priority is told of the request, or of the order that is placed for it."""
         came_ms, work_ms = BEGAN_UNIX_MS + call.came_ms, decision.work_ms.get(engine)
-        return turns.priority(call.wish.priority, came_ms, work_ms, call.wish.ttft_ms)
+        return turns.priority(call.wish.priority, came_ms, work_ms, call.wish.ttft_ms, decision.gives(engine))
 
     def _is_saturated(self, engine: Engine) -> bool:
         return self.admission.is_saturated(engine, self._clock.now_ms())
