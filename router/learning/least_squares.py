@@ -16,8 +16,8 @@ SPREAD: Final = 40.0
 is measured once by a third.
 """
 
-MOST_SPREAD: Final = 4 * SPREAD
-"""Where nothing new is measured of a coefficient, forgetting makes it no less certain than this."""
+MOST_FORGOTTEN: Final = 4.0
+"""Where nothing new is measured of a coefficient, forgetting makes its variance no greater than by this factor."""
 
 SURPRISE: Final = 2.0
 """What is off by more than twice of what was expected counts as off by so much, and makes nothing more certain."""
@@ -27,12 +27,17 @@ FACTOR: Final = 50.0
 
 
 class LeastSquares:
-    """`expected(x)` is the sum of `x[i] * coefficients[i]`. `count` measurements were learned from."""
+    """`expected(x)` is the sum of `x[i] * coefficients[i]`. `count` measurements were learned from.
 
-    def __init__(self, priors: Sequence[float]) -> None:
+    `spreads` are how uncertain the priors are, each as a variance over that of a measurement; `SPREAD` if not told.
+    """
+
+    def __init__(self, priors: Sequence[float], spreads: Sequence[float] | None = None) -> None:
         self._priors = tuple(priors)
         self._factors = [1.0] * len(priors)
-        self._spread = [[SPREAD * (row == column) for column in range(len(priors))] for row in range(len(priors))]
+        spreads = [SPREAD] * len(priors) if spreads is None else spreads
+        self._spread = [[each * (row == column) for column in range(len(priors))] for row, each in enumerate(spreads)]
+        self._most_spread = [MOST_FORGOTTEN * each for each in spreads]
         self.count = 0
         self.coefficients = list(priors)
 
@@ -61,5 +66,6 @@ class LeastSquares:
         """What is known after a measurement, and a little less of what was known before."""
         size = range(len(gained))
         spread = [[(self._spread[i][j] - gained[i] * gained[j] / certainty) / FORGETTING for j in size] for i in size]
-        over = [min(1.0, math.sqrt(MOST_SPREAD / spread[i][i])) if spread[i][i] > 0 else 0.0 for i in size]
+        most = self._most_spread
+        over = [min(1.0, math.sqrt(most[i] / spread[i][i])) if spread[i][i] > 0 else 0.0 for i in size]
         self._spread = [[spread[i][j] * over[i] * over[j] for j in size] for i in size]

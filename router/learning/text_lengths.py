@@ -1,14 +1,22 @@
-"""How many tokens a text has, as answers have told of others: it depends on the language and the tokenizer. Pure."""
+"""How many tokens a text has, as answers have told of others: it depends on the language and the tokenizer. Pure.
+
+Beside what its text has, each prompt has some tokens of its chat template: of short prompts most may be.
+"""
 
 from collections import OrderedDict
 from dataclasses import replace
 from typing import Final
 
-from vllm_llmd.router.learning.averages import Ratio
+from vllm_llmd.router.learning.least_squares import LeastSquares
 from vllm_llmd.router.request import BYTES_PER_TOKEN, Facts
 
-PRIOR_BYTES: Final = 16_000
-"""Text that the prior is worth: some prompts, soon outweighed."""
+TEMPLATE_TOKENS: Final = 8.0
+"""Prior: a role, and marks where a message begins and ends."""
+
+PRIORS: Final = (1 / BYTES_PER_TOKEN, TEMPLATE_TOKENS)
+
+SPREADS: Final = (4.0, 40.0)
+"""Languages differ by less than templates do: what short prompts have more than expected is their template's."""
 
 MOST_BYTES_PER_TOKEN: Final = 64
 """What is told of longer tokens is wrong, or of a prompt that was cut."""
@@ -20,14 +28,14 @@ class TextLengths:
     """By model. A token is at least a byte, and `MOST_BYTES_PER_TOKEN` at most."""
 
     def __init__(self) -> None:
-        self._tokens_per_byte: OrderedDict[str | None, Ratio] = OrderedDict()
+        self._models: OrderedDict[str | None, LeastSquares] = OrderedDict()
 
     def estimated(self, facts: Facts) -> Facts:
         """With as many prompt tokens as its text should have; as it is if the tokens are known."""
-        known = self._tokens_per_byte.get(facts.model)
+        known = self._models.get(facts.model)
         if facts.tokens is not None or known is None:
             return facts
-        return replace(facts, prompt_tokens=round(len(facts.text) * known.value))
+        return replace(facts, prompt_tokens=round(known.expected((len(facts.text), 1.0))))
 
     def told(self, facts: Facts, text_bytes: int, prompt_tokens: int) -> None:
         """An answer has told of this prompt of so many bytes; of several in one request it tells the sum."""
@@ -35,8 +43,8 @@ class TextLengths:
             return
         if not text_bytes / MOST_BYTES_PER_TOKEN <= prompt_tokens <= text_bytes:
             return
-        known = self._tokens_per_byte.setdefault(facts.model, Ratio(PRIOR_BYTES / BYTES_PER_TOKEN, PRIOR_BYTES))
-        self._tokens_per_byte.move_to_end(facts.model)
-        known.told(prompt_tokens, text_bytes)
-        if len(self._tokens_per_byte) > MODELS_KEPT:
-            self._tokens_per_byte.popitem(last=False)
+        known = self._models.setdefault(facts.model, LeastSquares(PRIORS, SPREADS))
+        self._models.move_to_end(facts.model)
+        known.learn((text_bytes, 1.0), prompt_tokens)
+        if len(self._models) > MODELS_KEPT:
+            self._models.popitem(last=False)

@@ -17,7 +17,23 @@ def test_a_text_is_as_long_as_others_were() -> None:
     for _ in range(30):
         lengths.told(TEXT, 12_000, 2000)
     assert lengths.estimated(TEXT).prompt_tokens == pytest.approx(2000, rel=0.05)
-    assert lengths.estimated(replace(TEXT, text=b"x" * 600)).prompt_tokens == pytest.approx(100, rel=0.05)
+    assert lengths.estimated(replace(TEXT, text=b"x" * 600)).prompt_tokens == pytest.approx(100, rel=0.1)
+
+
+def test_short_prompts_with_a_long_template_do_not_make_long_ones_longer() -> None:
+    lengths = TextLengths()
+    for number in range(100):
+        text_bytes = 200 + 100 * (number % 5)
+        lengths.told(TEXT, text_bytes, text_bytes // 5 + 40)
+    assert lengths.estimated(TEXT).prompt_tokens == pytest.approx(12_000 / 5 + 40, rel=0.1)
+
+
+def test_a_greeting_asked_again_and_again_says_little_of_long_texts() -> None:
+    lengths = TextLengths()
+    for _ in range(100):
+        lengths.told(TEXT, 60, 50)
+    assert lengths.estimated(replace(TEXT, text=b"x" * 60)).prompt_tokens == pytest.approx(50, rel=0.05)
+    assert 3000 <= lengths.estimated(TEXT).prompt_tokens <= 6000
 
 
 def test_each_model_has_a_tokenizer_of_its_own() -> None:
