@@ -19,7 +19,7 @@ from pd_engines import Engine, free_port
 from resumable import conclude, status_of, versions
 from routing_arms import ARMS, IN_TURN, OURS, Front, Places, front
 from routing_client import Users
-from routing_engines import Site, empty, engines, served
+from routing_engines import Site, empty, engines, fast_dtype, served
 from routing_plan import WARM_UP_REQUESTS, WORKLOADS, rotated, warm_up
 from routing_probe import held, probes, unit_ms
 from routing_values import Cell, Probe, Results, Settings, load, read, save
@@ -127,7 +127,8 @@ def run(results: Results, args: argparse.Namespace) -> list[str]:
     """Starts the engines and measures; returns what failed. Raises LlmdError if nothing can be measured."""
     with ExitStack() as stack:
         link = f"tcp://{HOST}:{stack.enter_context(free_port())}"
-        site = Site(Path(results.settings.model), args.log_dir, results.settings.engines, link)
+        settings = results.settings
+        site = Site(Path(settings.model), settings.dtype, args.log_dir, settings.engines, link)
         began_s = time.monotonic()
         running = list(stack.enter_context(engines(site)))
         say(f"{len(running)} engines up after {time.monotonic() - began_s:.0f} s")
@@ -164,6 +165,13 @@ def predict(settings: Settings, out: Path) -> int:
     return conclude([], routing_report.last_line(played))
 
 
+def dtype_from(args: argparse.Namespace) -> str:
+    """Results that are gone on with say what they were measured in."""
+    if args.dtype != "auto":
+        return str(args.dtype)
+    return read(args.out).settings.dtype if args.resume or args.check else fast_dtype(Path("/proc/cpuinfo").read_text())
+
+
 def settings_from(args: argparse.Namespace) -> Settings:
     preset = QUICK if args.quick else FULL
     return Settings(
@@ -176,6 +184,7 @@ def settings_from(args: argparse.Namespace) -> Settings:
         seed=args.seed,
         slo_ttft_units=args.slo_ttft_units,
         slo_tpot_units=args.slo_tpot_units,
+        dtype=dtype_from(args),
     )
 
 
@@ -189,6 +198,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the first repetition (default: %(default)s)")
     parser.add_argument("--engines", type=int, default=2, help="default: %(default)s")
     parser.add_argument("--model", default=".models/smollm2", help="default: %(default)s")
+    parser.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto", help="default: %(default)s")
     parser.add_argument("--slo-ttft-units", type=float, default=3.0, help="default: %(default)s")
     parser.add_argument("--slo-tpot-units", type=float, default=0.3, help="default: %(default)s")
     parser.add_argument("--minutes", type=float, default=24 * 60.0, help="begin nothing after so long")

@@ -29,6 +29,7 @@ POLICY_OF: Final = {
 }
 """The policies of arms that the simulator has; vLLM's round robin does what ours does."""
 
+BYTES_OF: Final = {"bfloat16": 2, "float32": 4}
 WITHIN: Final = 0.2
 
 GAMES: Final = 5
@@ -70,7 +71,7 @@ class Checked:
 
 def fit_of(results: Results) -> Fitted:
     """How fast the engines were. Raises LlmdError for want of probes."""
-    return fitted(results.probes, STEP_TOKENS, kv_bytes(Path(results.settings.model)))
+    return fitted(results.probes, STEP_TOKENS, kv_bytes(Path(results.settings.model), results.settings.dtype))
 
 
 def checked(results: Results, fit: Fitted) -> list[Checked]:
@@ -162,11 +163,11 @@ def simulated(results: Results, fit: Fitted) -> SimulateSettings:
     return SimulateSettings(synthetic=1, engines=results.settings.engines, model=model)
 
 
-def kv_bytes(model: Path) -> int:
-    """Per token, in bfloat16, of a model directory."""
+def kv_bytes(model: Path, dtype: str) -> int:
+    """Per token, of a model directory."""
     config: dict[str, Any] = json.loads((model / "config.json").read_text())
     head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    return int(2 * config["num_hidden_layers"] * config["num_key_value_heads"] * head * 2)
+    return int(2 * config["num_hidden_layers"] * config["num_key_value_heads"] * head * BYTES_OF[dtype])
 
 
 def table(found: Sequence[Checked], fit: Fitted) -> str:

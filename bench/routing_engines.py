@@ -25,7 +25,7 @@ from vllm_llmd.launch_spec import HOST, EngineSpec, FleetSpec, engine_argv, engi
 
 STEP_TOKENS: Final = 512
 ENGINE_FLAGS: Final = (
-    *("--served-model-name", MODEL_NAME, "--dtype", "bfloat16", "--block-size", str(BLOCK_TOKENS)),
+    *("--served-model-name", MODEL_NAME, "--block-size", str(BLOCK_TOKENS)),
     *(
         "--max-model-len",
         "4096",
@@ -36,9 +36,16 @@ ENGINE_FLAGS: Final = (
     ),
     "--disable-uvicorn-access-log",
 )
+FAST_BFLOAT16: Final = {"avx512f", "bf16"}
 EMPTYING_S: Final = 60.0
 PROBE_BLOCKS: Final = 4
 _SERVED: Final = re.compile(r"^vllm:request_success_total\{.*\} (\S+)$", re.MULTILINE)
+
+
+def fast_dtype(cpuinfo: str) -> str:
+    """What a processor multiplies fast, by what the kernel says of it. bfloat16 needs AVX-512, or ARM's own."""
+    words = set(cpuinfo.split())
+    return "bfloat16" if words & FAST_BFLOAT16 else "float32"
 
 
 @dataclass(frozen=True)
@@ -46,6 +53,7 @@ class Site:
     """Where the engines run, and the endpoint at which they look for a router of ours, whenever there is one."""
 
     model: Path
+    dtype: str
     log_dir: Path
     engines: int
     link: str
@@ -57,7 +65,8 @@ class Site:
     @property
     def fleet(self) -> FleetSpec:
         specs = tuple(EngineSpec(id=f"engine-{number}") for number in range(self.engines))
-        return FleetSpec(model=self.model, engines=specs, log_dir=self.log_dir, engine_flags=ENGINE_FLAGS)
+        flags = (*ENGINE_FLAGS, "--dtype", self.dtype)
+        return FleetSpec(model=self.model, engines=specs, log_dir=self.log_dir, engine_flags=flags)
 
 
 @contextmanager

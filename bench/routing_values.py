@@ -10,7 +10,10 @@ from vllm_llmd.simulate.settings import Slo
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
-    """What to measure. Results of other settings cannot be continued. A good request keeps objectives in units."""
+    """What to measure. Results of other settings cannot be continued. A good request keeps objectives in units.
+
+    `dtype` is what the engines compute in.
+    """
 
     model: str
     engines: int
@@ -21,6 +24,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     seed: int
     slo_ttft_units: float
     slo_tpot_units: float
+    dtype: str = "bfloat16"
 
 
 class Asked(msgspec.Struct, frozen=True, array_like=True):

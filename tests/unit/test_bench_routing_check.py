@@ -17,7 +17,7 @@ sys.path.append(str(Path(__file__).resolve().parents[2] / "bench"))
 from routing_arms import ARMS, OURS
 from routing_check import checked, fit_of, kv_bytes, predicted, table
 from routing_crowd import APART_MS, Crowd, Spoken, Warmed
-from routing_engines import STEP_TOKENS
+from routing_engines import STEP_TOKENS, fast_dtype
 from routing_fit import MEASURED, fitted, least_squares
 from routing_plan import BLOCK_TOKENS, WORKLOADS, Conversation, Turn, Workload
 from routing_probe import CACHED_WORDS, VOLLEYS, Volley
@@ -180,7 +180,8 @@ def test_the_simulator_is_compared_with_every_arm_that_it_has(tmp_path: Path) ->
     (tmp_path / "config.json").write_text(
         '{"num_hidden_layers": 30, "num_key_value_heads": 3, "hidden_size": 576, "num_attention_heads": 9}'
     )
-    assert kv_bytes(tmp_path) == 23_040
+    assert kv_bytes(tmp_path, "bfloat16") == 23_040
+    assert kv_bytes(tmp_path, "float32") == 2 * 23_040
     asked_for = Settings(
         model=str(tmp_path),
         engines=2,
@@ -199,3 +200,11 @@ def test_the_simulator_is_compared_with_every_arm_that_it_has(tmp_path: Path) ->
     assert {each.arm for each in checks} == {"rr", "vllm-rr", "approx", OURS}
     assert all(each.predicted_ms > 1.0 and each.measured_ms == 20.0 for each in checks)
     assert "of 4 within 20%" in table(checks, fit_of(found))
+
+
+@pytest.mark.parametrize(
+    ("flags", "dtype"),
+    [("sse avx2", "float32"), ("avx2 avx512f avx512bw", "bfloat16"), ("fp asimd bf16", "bfloat16"), ("", "float32")],
+)
+def test_engines_compute_in_what_the_processor_multiplies_fast(flags: str, dtype: str) -> None:
+    assert fast_dtype(f"processor : 0\nflags : {flags}\nbogomips : 1\n") == dtype
