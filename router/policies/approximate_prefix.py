@@ -36,9 +36,10 @@ class ApproximatePrefix:
         self._rng = rng
         self._sent: OrderedDict[int, set[EngineId]] = OrderedDict()
         self._text_sent: Counter[EngineId] = Counter()
+        self._latest: tuple[Facts, list[int]] | None = None
 
     def pick(self, eligible: Places, facts: Facts, candidates: Candidates) -> int:
-        chunks, requests = chunk_names(facts), candidates.loads.requests
+        chunks, requests = self._chunks(facts), candidates.loads.requests
         fewest, most = requests[eligible].min(), requests[eligible].max()
         if most - fewest > APART_BY and most > fewest * APART_TIMES:
             return least(eligible, requests, self._rng)
@@ -69,7 +70,7 @@ class ApproximatePrefix:
 
     def placed(self, engine: EngineId, facts: Facts) -> None:
         sent, new = self._sent, 0
-        for chunk in chunk_names(facts):
+        for chunk in self._chunks(facts):
             known = sent.get(chunk)
             if known is None:
                 sent[chunk] = {engine}
@@ -83,6 +84,12 @@ class ApproximatePrefix:
         while len(self._sent) > CHUNKS_KEPT:
             for forgetting in self._sent.popitem(last=False)[1]:
                 self._text_sent[forgetting] -= 1
+
+    def _chunks(self, facts: Facts) -> list[int]:
+        """A request is picked for, and then placed."""
+        if self._latest is None or self._latest[0] is not facts:
+            self._latest = facts, chunk_names(facts)
+        return self._latest[1]
 
 
 def chunk_names(facts: Facts) -> list[int]:
