@@ -25,7 +25,10 @@ MODELS_KEPT: Final = 256
 
 
 class TextLengths:
-    """By model. A token is at least a byte, and `MOST_BYTES_PER_TOKEN` at most."""
+    """By model. A token is at least a byte, and `MOST_BYTES_PER_TOKEN` at most.
+
+    So a prompt that is shorter than its template teaches nothing.
+    """
 
     def __init__(self) -> None:
         self._models: OrderedDict[str | None, LeastSquares] = OrderedDict()
