@@ -166,10 +166,12 @@ def predict(settings: Settings, out: Path) -> int:
 
 
 def dtype_from(args: argparse.Namespace) -> str:
-    """Results that are gone on with say what they were measured in."""
+    """Results that are gone on with, or predicted from, say what they were measured in."""
     if args.dtype != "auto":
         return str(args.dtype)
-    return read(args.out).settings.dtype if args.resume or args.check else fast_dtype(Path("/proc/cpuinfo").read_text())
+    if args.resume or args.check or (args.predict and args.out.exists()):
+        return read(args.out).settings.dtype
+    return fast_dtype(Path("/proc/cpuinfo").read_text())
 
 
 def settings_from(args: argparse.Namespace) -> Settings:

@@ -7,10 +7,10 @@ import hashlib
 import json
 import re
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, Generic, Literal, NamedTuple, TypeVar
 
 import msgspec
 
@@ -22,6 +22,8 @@ Kind = Literal["chat", "completion"]
 
 BYTES_PER_TOKEN: Final = 4
 """Prior for the length of a prompt given as text."""
+
+Made = TypeVar("Made")
 
 _BODY = msgspec.json.Decoder()
 
@@ -91,6 +93,18 @@ class Facts:
     def without_prompt(self) -> "Facts":
         """What stays when the prompt itself is of no use any more."""
         return replace(self, tokens=None if self.tokens is None else array("I"), text=b"")
+
+
+class Latest(Generic[Made]):
+    """What is made of a request, as long as no other one comes: it is looked at, and then placed."""
+
+    def __init__(self) -> None:
+        self._made: tuple[Facts, Made] | None = None
+
+    def of(self, facts: Facts, make: Callable[[], Made]) -> Made:
+        if self._made is None or self._made[0] is not facts:
+            self._made = facts, make()
+        return self._made[1]
 
 
 @dataclass(frozen=True)

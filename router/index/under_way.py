@@ -15,7 +15,7 @@ from vllm_llmd.names import EngineId
 from vllm_llmd.router.candidates import Coming
 from vllm_llmd.router.decide import Supply
 from vllm_llmd.router.index.texts import Chunks
-from vllm_llmd.router.request import Facts
+from vllm_llmd.router.request import Facts, Latest
 
 TOKENS_PER_PIECE: Final = 64
 BYTES_PER_TOKEN: Final = 4
@@ -60,7 +60,7 @@ class UnderWay:
     def __init__(self) -> None:
         self._by_beginning: dict[Hashable, OrderedDict[str, _Prompt]] = {}
         self._beginning: dict[str, Hashable] = {}
-        self._latest: tuple[Facts, Pieces] | None = None
+        self._latest: Latest[Pieces] = Latest()
 
     def __len__(self) -> int:
         return len(self._beginning)
@@ -101,10 +101,7 @@ class UnderWay:
         return found
 
     def _pieces(self, facts: Facts, chunks: Chunks) -> Pieces:
-        """A request is looked up, and then placed."""
-        if self._latest is None or self._latest[0] is not facts:
-            self._latest = facts, Pieces.of(facts, chunks)
-        return self._latest[1]
+        return self._latest.of(facts, lambda: Pieces.of(facts, chunks))
 
 
 def _joined(known: Coming, engine: EngineId, tokens: int, supply: Supply | None) -> Coming:

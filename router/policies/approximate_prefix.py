@@ -17,7 +17,7 @@ from vllm_llmd.names import EngineId
 from vllm_llmd.router.candidates import Candidates, Counts, Places
 from vllm_llmd.router.picker import PickInTurn, least
 from vllm_llmd.router.policy import Policy, PolicySettings
-from vllm_llmd.router.request import Facts
+from vllm_llmd.router.request import Facts, Latest
 
 CHUNK_BYTES: Final = 128
 CHUNKS_KEPT: Final = 1_000_000
@@ -32,11 +32,13 @@ NOBODY: Final[AbstractSet[EngineId]] = frozenset()
 
 
 class ApproximatePrefix:
-    def __init__(self, rng: random.Random) -> None:
+    """`latest` are the chunks of the latest request, which several may share."""
+
+    def __init__(self, rng: random.Random, latest: Latest[list[int]]) -> None:
         self._rng = rng
+        self._latest = latest
         self._sent: OrderedDict[int, set[EngineId]] = OrderedDict()
         self._text_sent: Counter[EngineId] = Counter()
-        self._latest: tuple[Facts, list[int]] | None = None
 
     def pick(self, eligible: Places, facts: Facts, candidates: Candidates) -> int:
         chunks, requests = self._chunks(facts), candidates.loads.requests
@@ -86,10 +88,7 @@ class ApproximatePrefix:
                 self._text_sent[forgetting] -= 1
 
     def _chunks(self, facts: Facts) -> list[int]:
-        """A request is picked for, and then placed."""
-        if self._latest is None or self._latest[0] is not facts:
-            self._latest = facts, chunk_names(facts)
-        return self._latest[1]
+        return self._latest.of(facts, lambda: chunk_names(facts))
 
 
 def chunk_names(facts: Facts) -> list[int]:
@@ -101,5 +100,6 @@ def chunk_names(facts: Facts) -> list[int]:
 
 def approximate_prefix(settings: PolicySettings) -> Policy:
     """Sources are remembered apart from destinations."""
-    rng = settings.rng
-    return PickInTurn(ApproximatePrefix(rng), ApproximatePrefix(rng), settings.min_remote_tokens)
+    latest: Latest[list[int]] = Latest()
+    destination, source = (ApproximatePrefix(settings.rng, latest) for _ in range(2))
+    return PickInTurn(destination, source, settings.min_remote_tokens)

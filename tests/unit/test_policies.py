@@ -14,6 +14,7 @@ from vllm_llmd.router import policies
 from vllm_llmd.router.candidates import Candidates
 from vllm_llmd.router.decide import Decision, decide, placed
 from vllm_llmd.router.fleet import Fleet
+from vllm_llmd.router.policies import approximate_prefix
 from vllm_llmd.router.policy import Choice, Policy, PolicySettings, note_placed
 from vllm_llmd.router.request import Facts, read_facts
 from vllm_llmd.router.settings import RouterSettings
@@ -153,6 +154,18 @@ def test_a_text_that_was_asked_about_counts_only_where_it_was_placed() -> None:
     assert chosen == {"a", "b", "c", "d"}
     note_placed(chooser, asked, candidates, Choice(candidates.roster.place_of[EngineId("c")]))
     assert {alike.decide(chooser, asked).destination for _ in range(10)} == {"c"}
+
+
+def test_a_text_is_cut_once_whoever_looks_at_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    cut = []
+    monkeypatch.setattr(approximate_prefix, "chunk_names", lambda asked: cut.append(asked) or [1, 2, 3])
+    apart, chooser, asked = site(), policy("approximate_prefix"), facts()
+    apart.add("d", role="decode")
+    apart.add("p", role="prefill")
+    assert apart.decide(chooser, asked).source == "p", "two are picked, and remember it"
+    assert cut == [asked]
+    apart.decide(chooser, other := facts("y" * 4000))
+    assert cut == [asked, other]
 
 
 def test_it_is_the_next_ones_turn_once_a_request_was_placed() -> None:
