@@ -138,6 +138,7 @@ async def test_a_liar_is_resynced_then_scored_by_observation_and_loses_its_traff
     assert await site.metric('vllm_llmd_index_trusted{engine="liar"}') == 0
     for _ in range(3):
         await through_the_router(site, COMPLETIONS, completion(tokens))
+        await site.index_equals_truth(honest)
     assert (len(liar.requests), len(honest.requests)) == (UNTIL_WRONG + truth.PROBATION, 3)
     assert await errors(site, "liar", 64.0) == 0
     assert (await errors(site, "honest", -1.0), await errors(site, "honest", 0.0)) == (0, 3)
