@@ -22,8 +22,15 @@ MOST_FORGOTTEN: Final = 4.0
 SURPRISE: Final = 2.0
 """What is off by more than twice of what was expected counts as off by so much, and makes nothing more certain."""
 
-FACTOR: Final = 50.0
-"""No coefficient is further from its prior than by this factor: a GPU and a laptop are within it."""
+NEW_START: Final = 2.0
+"""After a measurement by which so many times as much is expected, as little is known as before: relative to what is expected
+now, so that an engine of another order than its priors is known as soon as one that is near them.
+"""
+
+FACTOR: Final = 1000.0
+"""No coefficient is further from its prior than by this factor. Processors without instructions for a model's type have been
+seen fifty times as slow as the priors, so a bound must leave room; what is odd is kept out by comparing with the priors.
+"""
 
 
 class LeastSquares:
@@ -59,13 +66,16 @@ class LeastSquares:
             for factor, gain in zip(self._factors, gained, strict=True)
         ]
         self.coefficients = [factor * prior for factor, prior in zip(self._factors, self._priors, strict=True)]
-        self._tighten(gained, certainty * max(surprise / SURPRISE, 1.0))
+        grown = self.expected(x) / scale
+        self._tighten(gained, certainty * max(surprise / SURPRISE, 1.0), grown if grown > NEW_START else 1.0)
         self.count += 1
 
-    def _tighten(self, gained: Sequence[float], certainty: float) -> None:
-        """What is known after a measurement, and a little less of what was known before."""
-        size = range(len(gained))
-        spread = [[(self._spread[i][j] - gained[i] * gained[j] / certainty) / FORGETTING for j in size] for i in size]
-        most = self._most_spread
+    def _tighten(self, gained: Sequence[float], certainty: float, grown: float) -> None:
+        """What is known after a measurement, and a little less of what was known before, in multiples of priors; by
+        what is expected now, `grown` times as much as before, if that is a new start.
+        """
+        size, times = range(len(gained)), grown**2 / FORGETTING
+        spread = [[(self._spread[i][j] - gained[i] * gained[j] / certainty) * times for j in size] for i in size]
+        most = [each * max(factor, 1.0) ** 2 for each, factor in zip(self._most_spread, self._factors, strict=True)]
         over = [min(1.0, math.sqrt(most[i] / spread[i][i])) if spread[i][i] > 0 else 0.0 for i in size]
         self._spread = [[spread[i][j] * over[i] * over[j] for j in size] for i in size]

@@ -56,6 +56,13 @@ def test_an_engines_speed_is_learned_from_its_answers() -> None:
     assert models.of(A).first_byte.by != "prior" and models.of(A).first_byte.errors["engine"] < 0.05
 
 
+def test_an_engine_is_learned_that_is_hundreds_of_times_slower_than_the_priors() -> None:
+    models = Models()
+    serve(models, A, 200, lambda seen: 100 * true_ms(seen))
+    assert models.rates(A).token_ms == pytest.approx(40, rel=0.05)
+    assert models.doubt < 1.2
+
+
 @pytest.mark.parametrize("times", [1.0, 5.0, 20.0])
 def test_how_fast_offloaded_blocks_come_back_is_learned_beside_what_is_computed(times: float) -> None:
     models, rng, reload_token_ms = Models(), random.Random(0), times * PRIOR.reload_token_ms
