@@ -17,19 +17,21 @@ is measured once by a third.
 """
 
 MOST_FORGOTTEN: Final = 4.0
-"""Where nothing new is measured of a coefficient, forgetting makes its variance no greater than by this factor."""
+"""Where nothing new is measured of a coefficient, forgetting makes its variance no greater than by this factor: in
+multiples of the prior, or of what the coefficient is now if that is more.
+"""
 
 SURPRISE: Final = 2.0
 """What is off by more than twice of what was expected counts as off by so much, and makes nothing more certain."""
 
 NEW_START: Final = 2.0
-"""After a measurement by which so many times as much is expected, as little is known as before: relative to what is expected
-now, so that an engine of another order than its priors is known as soon as one that is near them.
+"""After a measurement by which so many times as much is expected, as little is known as before, relative to what is
+expected now: an engine of another order than its priors is known as soon as one that is near them.
 """
 
 FACTOR: Final = 1000.0
-"""No coefficient is further from its prior than by this factor. Processors without instructions for a model's type have been
-seen fifty times as slow as the priors, so a bound must leave room; what is odd is kept out by comparing with the priors.
+"""No coefficient is further from its prior than by this factor: processors without instructions for a model's type have
+been seen at fifty times. What is odd is kept out by comparing with the priors.
 """
 
 
@@ -71,8 +73,8 @@ class LeastSquares:
         self.count += 1
 
     def _tighten(self, gained: Sequence[float], certainty: float, grown: float) -> None:
-        """What is known after a measurement, and a little less of what was known before, in multiples of priors; by
-        what is expected now, `grown` times as much as before, if that is a new start.
+        """What is known after a measurement, and a little less of what was known before, in multiples of priors. After
+        a new start, by which so much more is expected, as many more of these are uncertain.
         """
         size, times = range(len(gained)), grown**2 / FORGETTING
         spread = [[(self._spread[i][j] - gained[i] * gained[j] / certainty) * times for j in size] for i in size]

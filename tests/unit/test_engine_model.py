@@ -56,11 +56,19 @@ def test_an_engines_speed_is_learned_from_its_answers() -> None:
     assert models.of(A).first_byte.by != "prior" and models.of(A).first_byte.errors["engine"] < 0.05
 
 
-def test_an_engine_is_learned_that_is_hundreds_of_times_slower_than_the_priors() -> None:
+@pytest.mark.parametrize("times", [0.05, 1.0, 10.0, 100.0])
+def test_an_engine_of_another_order_than_the_priors_is_known_as_soon(times: float) -> None:
     models = Models()
-    serve(models, A, 200, lambda seen: 100 * true_ms(seen))
-    assert models.rates(A).token_ms == pytest.approx(40, rel=0.05)
-    assert models.doubt < 1.2
+    serve(models, A, 30, lambda seen: times * true_ms(seen))
+    assert models.rates(A).token_ms == pytest.approx(0.4 * times, rel=0.1)
+
+
+def test_few_answers_that_hung_do_not_make_an_engine_slow() -> None:
+    models = Models()
+    serve(models, A, 100, true_ms)
+    serve(models, A, 5, lambda seen: 100 * true_ms(seen))
+    serve(models, A, 20, true_ms)
+    assert models.rates(A).token_ms == pytest.approx(0.4, rel=0.3)
 
 
 @pytest.mark.parametrize("times", [1.0, 5.0, 20.0])
