@@ -15,7 +15,16 @@ from vllm_llmd.kernels.memory_cpu import compiled_with
 from vllm_llmd.router import costs
 from vllm_llmd.router.candidates import Places
 from vllm_llmd.router.placement import misses, plans
-from vllm_llmd.router.placement.plans import MORE_IS_CHEAPER, PREFILLED, Ask, Party, barred, pair_ms
+from vllm_llmd.router.placement.plans import (
+    FETCHED,
+    MORE_IS_CHEAPER,
+    PREFILLED,
+    Ask,
+    Party,
+    barred,
+    pair_ms,
+    undoubted_ms,
+)
 
 compiled = compiled_with(__file__, plans.__file__, costs.__file__, misses.__file__)
 
@@ -79,6 +88,20 @@ def best_pair(
     elif len(downs) * len(across) > MANY and bound_ms < np.inf:
         downs, across = downs[:MOST], across[:MOST]
     return _best_of(kind, ask, parties, downs, across, best)
+
+
+@compiled
+def cheaper_fetch(ask: Ask, parties: Any, at: int, downs: Places, across: Places, alone_ms: float) -> Pair:
+    """By one of the destinations, which would compute everything at that price: where it gains anything by fetching."""
+    best_ms, best_source = alone_ms, NOBODY
+    if _index(downs, at) < len(downs):
+        for j in range(len(across)):
+            source = parties[across[j]]
+            if across[j] != at and not barred(FETCHED, ask, parties[at], source):
+                ms: Any = undoubted_ms(ask, parties[at], source)
+                if ms < best_ms:
+                    best_ms, best_source = ms, across[j]
+    return Pair(best_ms, at if best_source != NOBODY else NOBODY, best_source)
 
 
 @compiled
@@ -153,7 +176,7 @@ def _index(places: Places, place: int) -> int:
     for i in range(len(places)):
         if places[i] == place:
             return i
-    return 0
+    return len(places)
 
 
 @compiled

@@ -268,6 +268,13 @@ def pair_ms(kind: int, ask: Ask, at: Party, source: Party) -> Milliseconds:
 
 
 @usable_in_kernels
+def undoubted_ms(ask: Ask, at: Party, source: Party) -> Milliseconds:
+    """What a fetch costs for who would compute the prefix otherwise: that makes the same second copy."""
+    found: Milliseconds = total_ms(ask, fetched(ask, at, source)) + at.more_ms + (at.chance_ms + source.chance_ms)
+    return found
+
+
+@usable_in_kernels
 def barred(kind: int, ask: Ask, at: Party, source: Party) -> Mask:
     """Whether too little is transferred for this pair, or too much left to compute for who is spared that."""
     if kind == PREFILLED:
@@ -329,12 +336,24 @@ class Plan:
 
 
 def cheapest(asked: Asked) -> Plan | None:
-    """The plan with the lowest price; None if no plan is left. What is no number is as dear as can be."""
+    """The plan with the lowest price; None if no plan is left. What is no number is as dear as can be.
+
+    If that is an engine alone, it fetches where it gains anything by that.
+    """
     best_ms, best = np.inf, None
     for plans, found_ms in priced(asked):
         prices = np.where(np.isnan(found_ms), np.inf, found_ms)
         if len(plans) and (best is None or prices.min() < best_ms):
             best_ms, best = prices.min(), plans[int(prices.argmin())]
+    if best is None or best.kind != ALONE:
+        return best
+    parties, place = asked.parties, best.destination
+    for sources in (each.everyone for each in asked.candidates.roster.remotes if place in each.decoders):
+        at, source = _at(parties, place), _at(parties, sources)
+        found_ms = undoubted_ms(asked.ask, at, source)
+        prices = np.where(barred(FETCHED, asked.ask, at, source) | (sources == place), np.inf, found_ms)
+        if np.nanmin(prices, initial=np.inf) < best_ms:
+            best_ms, best = np.nanmin(prices), Plan(FETCHED, place, int(sources[np.nanargmin(prices)]))
     return best
 
 

@@ -153,6 +153,23 @@ def test_the_search_finds_a_plan_than_which_none_is_cheaper(fleet: Fleet) -> Non
 
 
 @given(fleets)
+@pytest.mark.filterwarnings("ignore:overflow")
+def test_nobody_computes_alone_what_is_sooner_there_if_it_is_fetched(fleet: Fleet) -> None:
+    question = asked(replace(fleet, odd=0.0))
+    choice = SEARCH.cheapest(question)
+    if choice is None or choice.source is not None:
+        return
+    ask, parties, place = question.ask, question.parties, choice.destination
+    at = plans.Party(*(column[[place]] for column in parties))
+    alone_ms = plans.total_ms(ask, plans.alone(ask, at)) + at.more_ms + at.chance_ms
+    others = [each.everyone for each in question.candidates.roster.remotes if place in each.decoders]
+    for sources in ([other for other in each if other != place] for each in others):
+        source = plans.Party(*(column[sources] for column in parties))
+        fetched_ms = plans.undoubted_ms(ask, at, source)[~plans.barred(FETCHED, ask, at, source)]
+        assert (fetched_ms >= alone_ms - 1e-9 * np.abs(alone_ms)).all()
+
+
+@given(fleets)
 @pytest.mark.filterwarnings("ignore:invalid value", "ignore:overflow")
 def test_the_terms_of_what_is_found_are_those_of_the_plain_formulas(fleet: Fleet) -> None:
     question = asked(fleet)
