@@ -92,7 +92,7 @@ def best_pair(
 
 @compiled
 def cheaper_fetch(ask: Ask, parties: Any, at: int, downs: Places, across: Places, alone_ms: float) -> Pair:
-    """By one of the destinations, which would compute everything at that price: where it gains anything by fetching."""
+    """From whom the engine `at` fetches for the least, if that is less than what computing everything costs."""
     best_ms, best_source = alone_ms, NOBODY
     if _index(downs, at) < len(downs):
         for j in range(len(across)):
@@ -173,6 +173,7 @@ def _good_pair(kind: int, ask: Ask, parties: Any, downs: Places, across: Places,
 
 @compiled
 def _index(places: Places, place: int) -> int:
+    """Where it is among them; how many there are if it is not."""
     for i in range(len(places)):
         if places[i] == place:
             return i
