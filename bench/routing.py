@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+import msgspec
 import routing_check
 import routing_client
 import routing_report
@@ -31,6 +32,9 @@ FULL: Final = {"repetitions": 3, "scale": 1.0}
 QUICK: Final = {"repetitions": 1, "scale": 0.25}
 """Whether everything works, in a few minutes; its figures say little."""
 
+UNITS: Final = 3
+"""So many prefills of each engine say how long a unit is before a cell and after it."""
+
 SETTLE_S: Final = 0.5
 """After the caches have been emptied: a heartbeat, with the load of engines that have nothing to do."""
 
@@ -43,9 +47,9 @@ class Desk:
     engines: list[Engine]
     places: Places
 
-    @property
-    def unit_s(self) -> float:
-        return (self.results.unit_ms or 0.0) / 1000
+    def unit_ms(self, when: str) -> float:
+        """How long a unit is now. Not to be asked twice with the same words: caches may know them."""
+        return round(routing_client.run(unit_ms(self.engines, when, UNITS)), 1)
 
 
 def say(line: str) -> None:
@@ -69,13 +73,15 @@ def measure(desk: Desk, key: tuple[int, str, str]) -> Cell:
     settings = desk.results.settings
     workload = WORKLOADS[name](settings.seed + repetition, settings.scale)
     with front(arm, desk.engines, desk.places) as router:
-        routing_client.run(held(router.http, desk.unit_s, warm_up(WARM_UP_REQUESTS)))
+        routing_client.run(held(router.http, 0.0, warm_up(WARM_UP_REQUESTS)))
+        before_ms = desk.unit_ms(f"before {key}")
         empty(desk.engines, router.indexed)
         time.sleep(SETTLE_S)
         before = served(desk.engines)
-        users = routing_client.run(held(router.http, desk.unit_s, workload))
+        users = routing_client.run(held(router.http, before_ms / 1000, workload))
         split = [after - former for after, former in zip(served(desk.engines), before, strict=True)]
-        return cell_of(key, users, split, router)
+        cell = cell_of(key, users, split, router)
+        return msgspec.structs.replace(cell, units_ms=[before_ms, desk.unit_ms(f"after {key}")])
 
 
 def cell_of(key: tuple[int, str, str], users: Users, split: list[int], router: Front) -> Cell:
@@ -113,7 +119,7 @@ def measure_all(desk: Desk, out: Path, until_s: float) -> list[str]:
         desk.results.cells.append(cell)
         desk.results.summary = routing_report.summary(desk.results)
         save(desk.results, out)
-        say(f"{title}: {routing_report.line(cell, desk.results.slo)}")
+        say(f"{title}: {routing_report.line(desk.results, cell)}")
     return failed
 
 
@@ -132,12 +138,13 @@ def run(results: Results, args: argparse.Namespace) -> list[str]:
         began_s = time.monotonic()
         running = list(stack.enter_context(engines(site)))
         say(f"{len(running)} engines up after {time.monotonic() - began_s:.0f} s")
-        now_ms = routing_client.run(unit_ms(running))
+        for when in "warm", "beginning":
+            now_ms = routing_client.run(unit_ms(running, when))
         results.unit_ms = results.unit_ms or round(now_ms, 1)
         say(f"1,000 tokens of prefill take {now_ms:.0f} ms; a unit is {results.unit_ms:.0f} ms")
         desk = Desk(results, running, Places(args.vllm_router, link, args.log_dir))
         with front(OURS, running, desk.places) as router:  # compiles what the router has compiled, once
-            routing_client.run(held(router.http, desk.unit_s, warm_up(WARM_UP_REQUESTS)))
+            routing_client.run(held(router.http, 0.0, warm_up(WARM_UP_REQUESTS)))
         results.probes += probed(desk)
         failed = measure_all(desk, args.out, began_s + args.minutes * 60)
         results.probes += probed(desk)  # again: in the meantime the machine may have become slower or faster

@@ -82,7 +82,7 @@ def checked(results: Results, fit: Fitted) -> list[Checked]:
         for arm in results.settings.arms:
             cells = [cell for cell in results.cells if (cell.workload, cell.arm) == (workload, arm)]
             if cells and arm in POLICY_OF:
-                measured = median(fmean(each.ttft_ms for each in cell.asked) for cell in cells)
+                measured = median(fmean(each.ttft_ms for each in cell.asked) / results.slowness(cell) for cell in cells)
                 expected = median(mean_ttft_ms(results, fit, workload, arm, cell.repetition) for cell in cells)
                 found.append(Checked(workload, arm, measured, expected))
     return found

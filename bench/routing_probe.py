@@ -50,12 +50,11 @@ async def held(http: str, unit_s: float, workload: Workload) -> Users:
     return users
 
 
-async def unit_ms(engines: Sequence[Engine]) -> float:
-    """How long a prefill of 1,000 tokens takes while all engines have one: five each, after five that warm them."""
-    for number in range(2):
-        prompts = _texts(f"unit {number}", 5, UNIT_TOKENS - _TEMPLATE_TOKENS)
-        workload = _workload("", prompts, answer_tokens=1, clients=1)
-        users = await asyncio.gather(*(held(engine.http, 0.0, workload) for engine in engines))
+async def unit_ms(engines: Sequence[Engine], seed: str, count: int = 5) -> float:
+    """How long a prefill of 1,000 tokens takes while all engines have one, of texts of their own: so many each."""
+    prompts = _texts(f"unit {seed}", count, UNIT_TOKENS - _TEMPLATE_TOKENS)
+    workload = _workload("", prompts, answer_tokens=1, clients=1)
+    users = await asyncio.gather(*(held(engine.http, 0.0, workload) for engine in engines))
     return median(asked.ttft_ms for each in users for asked in each.asked)
 
 

@@ -26,7 +26,10 @@ HEADER: Final = (
 
 @dataclass(frozen=True, kw_only=True)
 class Figures:
-    """Of one cell, or the medians of several. TTFT, TPOT and E2E, until the last token, in ms; goodput per second."""
+    """Of one cell, or the medians of several. TTFT, TPOT and E2E, until the last token, in ms; goodput per second.
+
+    All times are as if a unit had been as long around the cell as in the beginning.
+    """
 
     ttft_mean_ms: float
     ttft_p50_ms: float
@@ -40,17 +43,18 @@ class Figures:
     cached_share: float
 
     @classmethod
-    def of(cls, cell: Cell, slo: Slo) -> "Figures":
-        ttft = [each.ttft_ms for each in cell.asked]
-        good = sum(each.ttft_ms <= slo.ttft_ms and each.tpot_ms <= slo.tpot_ms for each in cell.asked)
-        seconds = cell.lasted_ms / 1000
+    def of(cls, cell: Cell, slo: Slo, slowness: float = 1.0) -> "Figures":
+        ttft = [each.ttft_ms / slowness for each in cell.asked]
+        tpot = [each.tpot_ms / slowness for each in cell.asked]
+        good = sum(first <= slo.ttft_ms and rest <= slo.tpot_ms for first, rest in zip(ttft, tpot, strict=True))
+        seconds = cell.lasted_ms / 1000 / slowness
         return cls(
             ttft_mean_ms=statistics.fmean(ttft),
             ttft_p50_ms=percentile(ttft, 50),
             ttft_p90_ms=percentile(ttft, 90),
             ttft_p99_ms=percentile(ttft, 99),
-            tpot_ms=statistics.fmean(each.tpot_ms for each in cell.asked),
-            e2e_ms=statistics.fmean(each.e2e_ms for each in cell.asked),
+            tpot_ms=statistics.fmean(tpot),
+            e2e_ms=statistics.fmean(each.e2e_ms for each in cell.asked) / slowness,
             tokens_per_s=sum(each.output_tokens for each in cell.asked) / seconds,
             goodput=good / seconds,
             good_share=good / len(cell.asked),
@@ -70,7 +74,8 @@ def percentile(values: Sequence[float], percent: float) -> float:
 
 def figures(results: Results, workload: str, arm: str) -> list[Figures]:
     """One for each repetition."""
-    return [Figures.of(cell, results.slo) for cell in results.cells if (cell.workload, cell.arm) == (workload, arm)]
+    cells = [cell for cell in results.cells if (cell.workload, cell.arm) == (workload, arm)]
+    return [Figures.of(cell, results.slo, results.slowness(cell)) for cell in cells]
 
 
 def medians(found: Sequence[Figures]) -> Figures | None:
@@ -184,11 +189,12 @@ def _with_spread(found: Sequence[Figures], figure: Callable[[Figures], float], f
     return f"{statistics.median(values):{form}} [{min(values):{form}} {max(values):{form}}]"
 
 
-def line(cell: Cell, slo: Slo) -> str:
+def line(results: Results, cell: Cell) -> str:
     """A finished cell in a few words."""
-    each = Figures.of(cell, slo)
+    slowness = results.slowness(cell)
+    each = Figures.of(cell, results.slo, slowness)
     return (
         f"TTFT {each.ttft_mean_ms:.0f} ms (p90 {each.ttft_p90_ms:.0f}), TPOT {each.tpot_ms:.0f} ms, "
         f"{each.tokens_per_s:.1f} tokens/s, {each.good_share:.0%} good, {each.cached_share:.0%} cached, "
-        f"requests by engine {cell.split}, {cell.lasted_ms / 1000:.1f} s"
+        f"requests by engine {cell.split}, {cell.lasted_ms / 1000:.1f} s at {slowness:.2f} units"
     )

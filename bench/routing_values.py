@@ -49,10 +49,12 @@ class Asked(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Cell(msgspec.Struct, frozen=True, kw_only=True):
-    """One arm's requests of one workload, once, from cold caches.
+    """One arm's requests of one workload, once, from cold caches, in times as they were measured.
 
-    `lasted_ms` is from the first request to the end of the last answer. `split` says how many requests each engine has
-    served. `told` is what our router thought of the engines in the end, and what it had decided; empty for others.
+    `units_ms` are how long a unit was right before, which the times of the workload are in, and right after; empty
+    where that was not measured. `lasted_ms` is from the first request to the end of the last answer. `split` says how
+    many requests each engine has served. `told` is what our router thought of the engines in the end, and what it had
+    decided; empty for others.
     """
 
     repetition: int
@@ -62,6 +64,7 @@ class Cell(msgspec.Struct, frozen=True, kw_only=True):
     asked: list[Asked]
     split: list[int]
     told: dict[str, object] = {}
+    units_ms: list[float] = []
 
     @property
     def key(self) -> tuple[int, str, str]:
@@ -86,7 +89,7 @@ class Probe(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Results(msgspec.Struct, kw_only=True):
-    """Everything measured so far. `unit_ms` is what the plan's times are multiplied by.
+    """Everything measured so far. `unit_ms` is how long a unit was in the beginning.
 
     `checks` say what the simulator predicts, by workload and arm.
     """
@@ -103,6 +106,10 @@ class Results(msgspec.Struct, kw_only=True):
     def slo(self) -> Slo:
         unit_ms = self.unit_ms or 0.0
         return Slo(ttft_ms=self.settings.slo_ttft_units * unit_ms, tpot_ms=self.settings.slo_tpot_units * unit_ms)
+
+    def slowness(self, cell: Cell) -> float:
+        """By what factor all took longer around a cell than in the beginning, as machines become slower and faster."""
+        return fmean(cell.units_ms) / self.unit_ms if self.unit_ms and cell.units_ms else 1.0
 
     @property
     def done(self) -> set[tuple[int, str, str]]:

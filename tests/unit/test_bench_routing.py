@@ -188,6 +188,16 @@ def test_figures_of_a_cell() -> None:
     assert found.e2e_ms == 1000.0 + 7 * (10.0 + 10.0 + 101.0 + 100.0) / 4
 
 
+def test_a_cell_counts_as_if_the_machine_had_been_as_fast_as_in_the_beginning() -> None:
+    fast, slow = cell("rr", [100.0, 300.0], 1000.0), cell("rr", [200.0, 600.0], 2000.0, repetition=1)
+    slow = msgspec.structs.replace(slow, asked=[asked(200.0, tpot_ms=20.0), asked(600.0, tpot_ms=20.0)])
+    slow = msgspec.structs.replace(slow, units_ms=[900.0, 1100.0])
+    found = msgspec.structs.replace(results(fast, slow), unit_ms=500.0)
+    assert [found.slowness(each) for each in found.cells] == [1.0, 2.0]
+    first, second = routing_report.figures(found, "shared", "rr")
+    assert first == second and first.ttft_mean_ms == 200.0
+
+
 def test_ours_is_compared_with_the_better_round_robin() -> None:
     found = results(cell("rr", [3000.0], 3000.0), cell("vllm-rr", [2000.0], 4000.0), cell(OURS, [500.0], 1000.0))
     last = routing_report.last_line(found)
