@@ -196,5 +196,5 @@ def line(results: Results, cell: Cell) -> str:
     return (
         f"TTFT {each.ttft_mean_ms:.0f} ms (p90 {each.ttft_p90_ms:.0f}), TPOT {each.tpot_ms:.0f} ms, "
         f"{each.tokens_per_s:.1f} tokens/s, {each.good_share:.0%} good, {each.cached_share:.0%} cached, "
-        f"requests by engine {cell.split}, {cell.lasted_ms / 1000:.1f} s at {slowness:.2f} units"
+        f"requests by engine {cell.split}, {cell.lasted_ms / 1000:.1f} s with units {slowness:.2f} times as long"
     )
