@@ -12,7 +12,7 @@ from typing import Final
 import numpy as np
 
 from vllm_llmd.router.candidates import Column
-from vllm_llmd.router.learning.least_squares import FACTOR, LeastSquares
+from vllm_llmd.router.learning.least_squares import LeastSquares
 from vllm_llmd.router.members.rates import PRIOR, Rates
 from vllm_llmd.wire import Load
 
@@ -24,6 +24,9 @@ SAMPLES: Final = 1024
 
 SURE_MS: Final = 2000.0
 """What engines say of being busy counts as much as the cost model once that makes so much work: four reports."""
+
+MOST_OFF: Final = 50.0
+"""By no greater factor is computing thought to take longer than the cost model has it, or less."""
 
 
 class Window:
@@ -123,7 +126,7 @@ class Pool:
     def correction(self, now_ms: float) -> float:
         """By how much computing takes longer than the rates have it, as the time shows that engines were busy."""
         busy_ms, computed_ms = self.busy_ms.total(now_ms), self.computed_ms.total(now_ms)
-        return min(max((busy_ms + SURE_MS) / (computed_ms + SURE_MS), 1 / FACTOR), FACTOR)
+        return min(max((busy_ms + SURE_MS) / (computed_ms + SURE_MS), 1 / MOST_OFF), MOST_OFF)
 
 
 @dataclass(frozen=True, slots=True)
