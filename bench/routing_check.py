@@ -13,6 +13,7 @@ from routing_crowd import Crowd, Warmed
 from routing_engines import STEP_TOKENS
 from routing_fit import TRANSFER_GB_PER_S, Fitted, fitted
 from routing_plan import BLOCK_TOKENS, CACHE_BLOCKS, WARM_UP_REQUESTS, WORKLOADS, warm_up
+from routing_report import figures
 from routing_values import Asked, Cell, Results
 
 from vllm_llmd.router.settings import RouterSettings
@@ -82,7 +83,7 @@ def checked(results: Results, fit: Fitted) -> list[Checked]:
         for arm in results.settings.arms:
             cells = [cell for cell in results.cells if (cell.workload, cell.arm) == (workload, arm)]
             if cells and arm in POLICY_OF:
-                measured = median(fmean(each.ttft_ms for each in cell.asked) / results.slowness(cell) for cell in cells)
+                measured = median(each.ttft_mean_ms for each in figures(results, workload, arm))
                 expected = median(mean_ttft_ms(results, fit, workload, arm, cell.repetition) for cell in cells)
                 found.append(Checked(workload, arm, measured, expected))
     return found

@@ -15,16 +15,7 @@ from vllm_llmd.kernels.memory_cpu import compiled_with
 from vllm_llmd.router import costs
 from vllm_llmd.router.candidates import Places
 from vllm_llmd.router.placement import misses, plans
-from vllm_llmd.router.placement.plans import (
-    FETCHED,
-    MORE_IS_CHEAPER,
-    PREFILLED,
-    Ask,
-    Party,
-    barred,
-    pair_ms,
-    undoubted_ms,
-)
+from vllm_llmd.router.placement.plans import MORE_IS_CHEAPER, PREFILLED, Ask, Party, barred, pair_ms
 
 compiled = compiled_with(__file__, plans.__file__, costs.__file__, misses.__file__)
 
@@ -87,21 +78,7 @@ def best_pair(
             across = _lowest(ACROSS, kind, ask, parties, across)
     elif len(downs) * len(across) > MANY and bound_ms < np.inf:
         downs, across = downs[:MOST], across[:MOST]
-    return _best_of(kind, ask, parties, downs, across, best)
-
-
-@compiled
-def cheaper_fetch(ask: Ask, parties: Any, at: int, downs: Places, across: Places, alone_ms: float) -> Pair:
-    """From whom the engine `at` fetches for the least, if that is less than what computing everything costs."""
-    best_ms, best_source = alone_ms, NOBODY
-    if _index(downs, at) < len(downs):
-        for j in range(len(across)):
-            source = parties[across[j]]
-            if across[j] != at and not barred(FETCHED, ask, parties[at], source):
-                ms: Any = undoubted_ms(ask, parties[at], source)
-                if ms < best_ms:
-                    best_ms, best_source = ms, across[j]
-    return Pair(best_ms, at if best_source != NOBODY else NOBODY, best_source)
+    return best_of(kind, ask, parties, downs, across, best)
 
 
 @compiled
@@ -162,22 +139,21 @@ def _good_pair(kind: int, ask: Ask, parties: Any, downs: Places, across: Places,
         ms: Any = pair_ms(kind, ask, no_destination, parties[across[j]])
         if ms < least_ms:
             least_ms, first = ms, j
-    best = _best_of(kind, ask, parties, downs, across[first : first + 1], best)
+    best = best_of(kind, ask, parties, downs, across[first : first + 1], best)
     if best.at != NOBODY:
         i = _index(downs, best.at)
-        best = _best_of(kind, ask, parties, downs[i : i + 1], across, best)
+        best = best_of(kind, ask, parties, downs[i : i + 1], across, best)
         j = _index(across, best.source)
-        best = _best_of(kind, ask, parties, downs, across[j : j + 1], best)
+        best = best_of(kind, ask, parties, downs, across[j : j + 1], best)
     return best
 
 
 @compiled
 def _index(places: Places, place: int) -> int:
-    """Where it is among them; how many there are if it is not."""
     for i in range(len(places)):
         if places[i] == place:
             return i
-    return len(places)
+    return 0
 
 
 @compiled
@@ -220,7 +196,7 @@ def _lowest(side: int, kind: int, ask: Ask, parties: Any, places: Places) -> Pla
 
 
 @compiled
-def _best_of(kind: int, ask: Ask, parties: Any, downs: Places, across: Places, best: Pair) -> Pair:
+def best_of(kind: int, ask: Ask, parties: Any, downs: Places, across: Places, best: Pair) -> Pair:
     """The cheapest of all these pairs, if it is cheaper than the best."""
     best_ms, best_at, best_source = best
     for i in range(len(downs)):

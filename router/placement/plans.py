@@ -268,10 +268,10 @@ def pair_ms(kind: int, ask: Ask, at: Party, source: Party) -> Milliseconds:
 
 
 @usable_in_kernels
-def undoubted_ms(ask: Ask, at: Party, source: Party) -> Milliseconds:
-    """What a fetch costs for who would compute the prefix otherwise: that makes the same second copy."""
-    found: Milliseconds = total_ms(ask, fetched(ask, at, source)) + at.more_ms + (at.chance_ms + source.chance_ms)
-    return found
+def undoubted(ask: Ask) -> Ask:
+    """For who would compute the prefix otherwise: to fetch it makes the same second copy."""
+    prompt, output, reuse, least, crowd, _, ttft_ms, answer_ms, ttft_error, answer_error = ask
+    return Ask(prompt, output, reuse, least, crowd, 1.0, ttft_ms, answer_ms, ttft_error, answer_error)
 
 
 @usable_in_kernels
@@ -347,11 +347,11 @@ def cheapest(asked: Asked) -> Plan | None:
             best_ms, best = prices.min(), plans[int(prices.argmin())]
     if best is None or best.kind != ALONE:
         return best
-    parties, place = asked.parties, best.destination
+    ask, parties, place = undoubted(asked.ask), asked.parties, best.destination
     for sources in (each.everyone for each in asked.candidates.roster.remotes if place in each.decoders):
         at, source = _at(parties, place), _at(parties, sources)
-        found_ms = undoubted_ms(asked.ask, at, source)
-        prices = np.where(barred(FETCHED, asked.ask, at, source) | (sources == place), np.inf, found_ms)
+        found_ms = pair_ms(FETCHED, ask, at, source)
+        prices = np.where(barred(FETCHED, ask, at, source) | (sources == place), np.inf, found_ms)
         if np.nanmin(prices, initial=np.inf) < best_ms:
             best_ms, best = np.nanmin(prices), Plan(FETCHED, place, int(sources[np.nanargmin(prices)]))
     return best

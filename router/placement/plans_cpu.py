@@ -11,7 +11,7 @@ from vllm_llmd.kernels.memory_cpu import compiled_with
 from vllm_llmd.router import costs
 from vllm_llmd.router.candidates import Candidates, Loads, Places, RateColumns, Roster, Rows
 from vllm_llmd.router.placement import misses, pairs_cpu, plans
-from vllm_llmd.router.placement.pairs_cpu import FIELDS, NOBODY, Numbers, best_pair, cheaper_fetch
+from vllm_llmd.router.placement.pairs_cpu import FIELDS, NOBODY, Numbers, Pair, best_of, best_pair
 from vllm_llmd.router.placement.plans import (
     ALONE,
     FETCHED,
@@ -27,6 +27,7 @@ from vllm_llmd.router.placement.plans import (
     party,
     prefilled,
     total_ms,
+    undoubted,
     with_slo,
 )
 from vllm_llmd.router.placement.work import work_ms
@@ -154,11 +155,12 @@ def _cheapest(
             if pair.at != NOBODY and (pair.ms < best_ms or kind == NOBODY):
                 best_ms, kind, at, source = pair.ms, each, pair.at, pair.source
     if kind == ALONE:
+        sure = undoubted(ask)
         for first in range(0, len(starts) - 1, 3):
             downs = remotes[starts[first] : starts[first + 1]]
             across = remotes[starts[first + FETCHED] : starts[first + FETCHED + 1]]
-            pair = cheaper_fetch(ask, parties, at, downs, across, best_ms)
-            if pair.at != NOBODY:
+            pair = best_of(FETCHED, sure, parties, downs[downs == at], across, Pair(best_ms, NOBODY, NOBODY))
+            if pair.ms < best_ms:
                 best_ms, kind, source = pair.ms, FETCHED, pair.source
     if kind == ALONE:
         _note(terms, with_slo(ask, alone(ask, parties[at])))

@@ -159,13 +159,13 @@ def test_nobody_computes_alone_what_is_sooner_there_if_it_is_fetched(fleet: Flee
     choice = SEARCH.cheapest(question)
     if choice is None or choice.source is not None:
         return
-    ask, parties, place = question.ask, question.parties, choice.destination
+    ask, parties, place = plans.undoubted(question.ask), question.parties, choice.destination
     at = plans.Party(*(column[[place]] for column in parties))
     alone_ms = plans.total_ms(ask, plans.alone(ask, at)) + at.more_ms + at.chance_ms
     others = [each.everyone for each in question.candidates.roster.remotes if place in each.decoders]
     for sources in ([other for other in each if other != place] for each in others):
         source = plans.Party(*(column[sources] for column in parties))
-        fetched_ms = plans.undoubted_ms(ask, at, source)[~plans.barred(FETCHED, ask, at, source)]
+        fetched_ms = plans.pair_ms(FETCHED, ask, at, source)[~plans.barred(FETCHED, ask, at, source)]
         assert (fetched_ms >= alone_ms - 1e-9 * np.abs(alone_ms)).all()
 
 
