@@ -10,12 +10,13 @@ import itertools
 from vllm_llmd.due import once_answering
 from vllm_llmd.errors import ConfigError
 from vllm_llmd.kv_connector.turns import LOOKED_AT
+from vllm_llmd.sim import batch
 from vllm_llmd.sim.block_pool import BlockId, BlockPool
 from vllm_llmd.sim.limits import Limits
 from vllm_llmd.sim.offload import OffloadTier
 from vllm_llmd.sim.requests import Counts, Report, SimRequest
 from vllm_llmd.sim.runs import Run
-from vllm_llmd.sim.speeds import Speeds, Work
+from vllm_llmd.sim.speeds import Speeds
 from vllm_llmd.sim.supplies import Supplies
 from vllm_llmd.sim.turns import Turns
 
@@ -88,8 +89,11 @@ class Scheduler:
 
     def uncomputed(self, request: SimRequest) -> int:
         """How many tokens of its prompt will still not be computed when the step under way has ended."""
-        in_step = sum(tokens for each, tokens in self._batch if each is request)
-        return max(request.prompt_tokens - request.computed - in_step, 0)
+        return batch.uncomputed(request, self._batch)
+
+    def there(self, request: SimRequest) -> int:
+        """How many tokens of its prompt are computed before the step under way has ended."""
+        return batch.there(request, self._batch, self.limits.block_size)
 
     def submit(self, request: SimRequest, now_ms: float) -> None:
         """A request arrives. Raises ConfigError if it can never fit."""
@@ -163,7 +167,7 @@ class Scheduler:
         if not self._batch:
             self._poked_ms = now_ms if preempted or held else None
             return
-        work = self._work()
+        work = batch.work_of(self._batch)
         work.requests = len(report.admitted)
         steps = 1 if preempted or held or work.prefill_tokens or budget < 1 else self._steps_alike()
         first_ms = self.speeds.work_ms(work) * self.slowdown
@@ -302,15 +306,6 @@ class Scheduler:
         self._name(request, request.computed + tokens)
         self.running.append(request)
         self._batch.append((request, tokens))
-
-    def _work(self) -> Work:
-        work = Work()
-        for request, tokens in self._batch:
-            if tokens == 1 and request.made:
-                work.decode(request.computed)
-            else:
-                work.prefill(request.computed, tokens)
-        return work
 
     def _steps_alike(self) -> int:
         """How many steps like this one follow each other: until someone has all of its tokens, or blocks run short."""

@@ -56,7 +56,7 @@ class _Asked:
 
 @dataclass(slots=True, eq=False)
 class _Order:
-    """What `member` waits for, up to token `end_token`: `source` has it as `asked`."""
+    """What `member` waits for, up to token `end_token`: `source` has it as `asked`. It is `coming` when computed."""
 
     member: Member
     source: Member
@@ -64,6 +64,7 @@ class _Order:
     asked: SimRequest
     transfer: Transfer
     end_token: int
+    coming: bool = False
 
 
 class Simulation:
@@ -225,6 +226,9 @@ class Simulation:
         now_ms = self._progress_ms = self._events.now_ms()
         for request in report.admitted:
             self._note_computed(member, request)
+            order = self._orders.get(request.id)
+            if order is not None and member.model.there(request) >= order.end_token:
+                self._send(order)  # what was cached travels while the source computes
         for request in report.wanted:
             self._order(member, request)
         for request, tokens in report.made:
@@ -240,8 +244,9 @@ class Simulation:
         for request in report.finished:
             order = self._orders.get(request.id)
             if order is not None:
-                self._events.at(order.transfer.here_ms(now_ms, order.member.model.speeds), self._supply, request.id)
-                continue
+                self._send(order)
+            if request.id not in self._asked:
+                continue  # an order, which may have brought all that it was for
             asked = self._asked.pop(request.id)
             self._routing.answered(asked.call.id, asked.decision, _measured(asked.outcome, request))
             self._routing.done(asked.call.id, asked.decision)
@@ -285,6 +290,13 @@ class Simulation:
         source.orders_served += 1
         source.model.submit(order, now_ms)
         self._stirred(source)
+
+    def _send(self, order: _Order) -> None:
+        """All of it is computed, and travels from now on, if it has not before."""
+        if not order.coming:
+            order.coming = True
+            due_ms = order.transfer.here_ms(self._events.now_ms(), order.member.model.speeds)
+            self._events.at(due_ms, self._supply, order.asked.id)
 
     def _supply(self, order_id: str) -> None:
         order = self._orders.pop(order_id, None)
