@@ -33,6 +33,21 @@ def join_ms(loads: Loads, rates: RateColumns) -> Milliseconds:
 
 
 @usable_in_kernels
+def next_step_ms(loads: Loads, rates: RateColumns) -> Milliseconds:
+    """Until the engine's next step, which takes in whoever computes next to nothing: in no case the whole queue."""
+    found: Milliseconds = np.minimum(queue_ms(loads, rates), join_ms(loads, rates) + loads.step_ms)
+    return found
+
+
+@usable_in_kernels
+def ready_ms(coming_tokens: Column, cached_tokens: Column, loads: Loads, rates: RateColumns) -> Milliseconds:
+    """Until an engine can give away what it holds: with its next step, but for what it is computing for others."""
+    coming_ms = prefill_ms(coming_tokens, cached_tokens, rates.token_ms, rates.context_ms)
+    found: Milliseconds = np.minimum(queue_ms(loads, rates), next_step_ms(loads, rates) + coming_ms)
+    return found
+
+
+@usable_in_kernels
 def prefill_ms(tokens: Column, cached_tokens: Column, token_ms: Column, context_ms: Column) -> Milliseconds:
     """Computing `tokens` of a prompt after `cached_tokens` that need not be, at these rates."""
     context = (cached_tokens + tokens / 2) / 1000

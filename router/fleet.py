@@ -283,7 +283,7 @@ class Fleet:
             Loads.packed(loads),
             RateColumns.packed(rates),
             self.models.output_tokens,
-            self.models.reuse,
+            self.index.evictions.wanted_again(self.models.hit_share),
             coming,
             self.models.doubt,
             self.models.step_doubt,

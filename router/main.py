@@ -35,6 +35,7 @@ from vllm_llmd.router.audit.decisions import Decisions
 from vllm_llmd.router.audit.recorder import Recorder, recorder
 from vllm_llmd.router.audit.recording import Began
 from vllm_llmd.router.fleet import Fleet
+from vllm_llmd.router.index import evictions
 from vllm_llmd.router.ingest import Ingest
 from vllm_llmd.router.observe import Metrics
 from vllm_llmd.router.placement import plans_cpu
@@ -58,6 +59,7 @@ async def serve(settings: RouterSettings) -> int:
     """Runs one router in the current event loop."""
     hash_chain_cpu.compile_ahead()
     prefix_table_cpu.compile_ahead()
+    evictions.compile_ahead()
     text_table_cpu.compile_ahead()
     json_strings_cpu.compile_ahead()
     frames_cpu.compile_ahead()

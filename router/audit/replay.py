@@ -18,8 +18,9 @@ from vllm_llmd.router.audit.recorded import Event, Recorded
 from vllm_llmd.router.audit.recording import Began, Ended, Lost
 from vllm_llmd.router.candidates import Candidates
 from vllm_llmd.router.members.membership import Engine
-from vllm_llmd.router.placement.plans import UNTIL_FIRST_BYTE, Asked, Party, alone, fetched, prefilled, with_slo
+from vllm_llmd.router.placement.plans import UNTIL_FIRST_BYTE, Asked, alone, fetched, prefilled, with_slo
 from vllm_llmd.router.placement.prospects import prospect
+from vllm_llmd.router.placement.sides import Party
 from vllm_llmd.router.policy import Choice, Policy, note_placed
 from vllm_llmd.router.request import Facts
 

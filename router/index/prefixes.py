@@ -17,6 +17,7 @@ from vllm_llmd.kernels.hash_chain import Names
 from vllm_llmd.kernels.prefix_table import BANK_ENGINES, Contents
 from vllm_llmd.kernels.prefix_table_cpu import Bank, depths_of
 from vllm_llmd.names import TIERS, EngineId, Tier
+from vllm_llmd.router.index.evictions import Evictions
 
 log = logging.getLogger(__name__)
 
@@ -91,6 +92,7 @@ class PrefixIndex:
         self._seats: dict[EngineId, _Seat] = {}
         self._vacant: list[int] = []
         self._without_room: dict[EngineId, int] = {}
+        self.evictions = Evictions()
 
     @property
     def bytes_in_use(self) -> int:
@@ -102,6 +104,8 @@ class PrefixIndex:
         tiers = self._banks[seat.bank]
         if len(removed) and tier in tiers:
             tiers[tier].remove(removed, seat.number)
+            if tier == "gpu":
+                self.evictions.evicted(removed)
         if len(stored):
             if tier not in tiers:
                 tiers[tier] = Bank(self._max_blocks)
@@ -148,11 +152,13 @@ class PrefixIndex:
             yield tier, extra, np.setdiff1d(wanted, known, assume_unique=True)
 
     def match(self, names: Names) -> Depths:
-        """How many blocks from the start of `names` each engine holds without a hole."""
+        """How many blocks from the start of `names`, which somebody asks for, each engine holds without a hole."""
         on_gpu = np.zeros((len(self._banks), BANK_ENGINES), np.int32)
         for number, tiers in enumerate(self._banks):
             tiers["gpu"].match(names, on_gpu[number])
-        return Depths(on_gpu, self._with_offloaded(names, on_gpu))
+        in_any_tier = self._with_offloaded(names, on_gpu)
+        self.evictions.asked(names, in_any_tier)
+        return Depths(on_gpu, in_any_tier)
 
     def _with_offloaded(self, names: Names, on_gpu: AllDepths) -> AllDepths:
         """The depths in any tier, which are those on the GPU where nothing is offloaded."""

@@ -147,7 +147,7 @@ class Models:
         self._error = self._step_error = FIRST_DOUBT
         self._answers = PRIOR_COUNT
         prior_tokens = float(PRIOR_COUNT * PROMPT_TOKENS)
-        self._reuse = Ratio(REUSE * prior_tokens, prior_tokens)
+        self._hits = Ratio(REUSE * prior_tokens, prior_tokens)
 
     def of(self, engine: EngineId) -> EngineModel:
         """The engine's; a new one if it has none."""
@@ -231,9 +231,9 @@ class Models:
             self._step_error += ERROR_WEIGHT * (error_of(expected_ms, ms) - self._step_error)
 
     @property
-    def reuse(self) -> float:
+    def hit_share(self) -> float:
         """The share of prompts' tokens that is found cached."""
-        return self._reuse.value
+        return self._hits.value
 
     @property
     def doubt(self) -> float:
@@ -264,7 +264,7 @@ class Models:
             self.output_tokens += weight * (min(output_tokens, MOST_TOKENS) - self.output_tokens)
         if cached_tokens is not None and prompt_tokens > 0:
             asked_tokens = min(prompt_tokens, MOST_TOKENS)
-            self._reuse.told(min(cached_tokens, asked_tokens), asked_tokens)
+            self._hits.told(min(cached_tokens, asked_tokens), asked_tokens)
 
 
 def error_of(guess_ms: float, ms: float) -> float:

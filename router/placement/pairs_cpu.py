@@ -12,12 +12,11 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_llmd.kernels.memory_cpu import compiled_with
-from vllm_llmd.router import costs
 from vllm_llmd.router.candidates import Places
-from vllm_llmd.router.placement import misses, plans
-from vllm_llmd.router.placement.plans import MORE_IS_CHEAPER, PREFILLED, Ask, Party, barred, pair_ms
+from vllm_llmd.router.placement.plans import PREFILLED, SOURCES, barred, pair_ms
+from vllm_llmd.router.placement.sides import MORE_IS_CHEAPER, Ask, Party
 
-compiled = compiled_with(__file__, plans.__file__, costs.__file__, misses.__file__)
+compiled = compiled_with(__file__, *SOURCES)
 
 Numbers = npt.NDArray[np.float64]
 

@@ -14,9 +14,13 @@ import numpy.typing as npt
 
 from vllm_llmd.kernels.memory_cpu import usable_in_kernels
 from vllm_llmd.router import costs
-from vllm_llmd.router.candidates import Candidates, Column, Loads, Milliseconds, RateColumns, Roster
-from vllm_llmd.router.placement import misses
+from vllm_llmd.router.candidates import Candidates, Milliseconds
+from vllm_llmd.router.placement import misses, sides
+from vllm_llmd.router.placement.sides import Ask, Party, party
 from vllm_llmd.router.request import Facts
+
+SOURCES: Final = (__file__, sides.__file__, costs.__file__, misses.__file__)
+"""What prices are compiled from."""
 
 Mask = npt.NDArray[np.bool_]
 
@@ -24,66 +28,6 @@ ALONE: Final = 0
 PREFILLED: Final = 1
 FETCHED: Final = 2
 """The kinds of plans."""
-
-
-class Ask(NamedTuple):
-    """What of a request its prices depend on, and of traffic as a whole; in tokens, but for the share `reuse`.
-
-    Whoever is to supply KV supplies `least` at least. `crowd` requests do not answer yet, averaged over who computes.
-    By the factor `doubt` predictions are off. The last four are `misses.Objectives`.
-    """
-
-    prompt: float
-    output: float
-    reuse: float
-    least: float
-    crowd: float
-    doubt: float
-    ttft_ms: float
-    answer_ms: float
-    ttft_error: float
-    answer_error: float
-
-
-class Party(NamedTuple):
-    """What one engine, or each of all, brings into a plan.
-
-    Of the prompt it has `cached` tokens and lacks `own`; `held` it could give away when its queue is done, and so many
-    are `given`. `spared` is 1 for who is not to compute what it lacks, since others are there for that. There,
-    `decoding` requests decode and `ahead` others are to be computed. `source_memory_ms` is for prefilling only,
-    `more_ms` the terms of others and `chance_ms` what makes equals differ.
-    """
-
-    own: Column
-    cached: Column
-    held: Column
-    given: Column
-    spared: Column
-    decoding: Column
-    ahead: Column
-    queue_ms: Milliseconds
-    join_ms: Milliseconds
-    prefill_ms: Milliseconds
-    reload_ms: Milliseconds
-    cold_ms: Milliseconds
-    decode_ms: Milliseconds
-    decode_interference_ms: Milliseconds
-    memory_ms: Milliseconds
-    source_memory_ms: Milliseconds
-    blocks_ms: Milliseconds
-    transfer_ms: Milliseconds
-    transfer_token_ms: Milliseconds
-    token_ms: Milliseconds
-    context_ms: Milliseconds
-    more_ms: Milliseconds
-    chance_ms: Milliseconds
-
-
-MORE_IS_CHEAPER: Final = tuple(Party._fields.index(name) for name in ("cached", "held"))
-"""Of these, more makes no pair dearer; of all other fields, less."""
-
-MAY_BE_NEGATIVE: Final = Party._fields.index("more_ms")
-"""The first field for which this holds whatever its sign is. Of those before it, it does where none is negative."""
 
 
 class Terms(NamedTuple):
@@ -118,52 +62,6 @@ UNTIL_FIRST_BYTE: Final = (
 _UNTIL_FIRST_BYTE: Final = tuple(Terms._fields.index(name) for name in UNTIL_FIRST_BYTE)
 
 # --- prices, of columns or of one engine ------------------------------------------------------------------------------
-
-
-@usable_in_kernels
-def party(
-    ask: Ask,
-    roster: Roster,
-    loads: Loads,
-    rates: RateColumns,
-    prefix_blocks: Column,
-    offloaded_blocks: Column,
-    coming_blocks: Column,
-) -> Party:
-    """Without `more_ms` and `chance_ms`."""
-    sizes = roster.block_sizes
-    cached = np.minimum(prefix_blocks * sizes, ask.prompt - 1)
-    own = ask.prompt - cached
-    fetchable = prefix_blocks - offloaded_blocks - coming_blocks * (offloaded_blocks > 0)  # up to the first that is not
-    held = np.minimum(fetchable, np.floor((ask.prompt - 1) / sizes)) * sizes
-    new_tokens = own + ask.output
-    decode_ms = costs.decode_ms(ask.output, loads, rates)
-    decoding, ahead = loads.decoding * roster.decodes, np.maximum(loads.requests - loads.decoding, 0.0)
-    return Party(
-        own=own,
-        cached=cached,
-        held=held,
-        given=held,
-        spared=roster.helped * (own >= ask.least),
-        decoding=decoding,
-        ahead=ahead,
-        queue_ms=costs.queue_ms(loads, rates),
-        join_ms=costs.join_ms(loads, rates),
-        prefill_ms=costs.prefill_ms(own, cached, rates.token_ms, rates.context_ms),
-        reload_ms=costs.reload_ms(offloaded_blocks * sizes, rates),
-        cold_ms=rates.cold_ms,
-        decode_ms=decode_ms,
-        decode_interference_ms=costs.decode_interference_ms(ask.output, loads, rates),
-        memory_ms=costs.memory_ms(new_tokens, ask.reuse, rates),
-        source_memory_ms=costs.memory_ms(own, ask.reuse, rates),
-        blocks_ms=costs.full_ms(new_tokens, loads, roster, decode_ms),
-        transfer_ms=rates.transfer_ms,
-        transfer_token_ms=rates.transfer_token_ms,
-        token_ms=rates.token_ms,
-        context_ms=rates.context_ms,
-        more_ms=0.0 * own,
-        chance_ms=0.0 * own,
-    )
 
 
 @usable_in_kernels
@@ -208,8 +106,9 @@ def prefilled(ask: Ask, at: Party, source: Party) -> Terms:
 
 @usable_in_kernels
 def fetched(ask: Ask, at: Party, source: Party) -> Terms:
-    """The destination reads what the source has, and computes the rest of the prompt."""
-    arrives_ms = source.queue_ms + at.transfer_ms + np.maximum(source.given - at.cached, 0.0) * at.transfer_token_ms
+    """The destination reads what the source has, which it orders with its next step, and computes the rest."""
+    ordered_ms = at.next_ms + source.ready_ms
+    arrives_ms = ordered_ms + at.transfer_ms + np.maximum(source.given - at.cached, 0.0) * at.transfer_token_ms
     prefill_ms = costs.prefill_ms(ask.prompt - source.held, source.held, at.token_ms, at.context_ms)
     return Terms(
         queue_ms=at.queue_ms,

@@ -10,31 +10,29 @@ import numpy as np
 from vllm_llmd.kernels.memory_cpu import compiled_with
 from vllm_llmd.router import costs
 from vllm_llmd.router.candidates import Candidates, Loads, Places, RateColumns, Roster, Rows
-from vllm_llmd.router.placement import misses, pairs_cpu, plans
+from vllm_llmd.router.placement import pairs_cpu, plans
 from vllm_llmd.router.placement.pairs_cpu import FIELDS, NOBODY, Numbers, Pair, best_of, best_pair
 from vllm_llmd.router.placement.plans import (
     ALONE,
     FETCHED,
-    MAY_BE_NEGATIVE,
     PREFILLED,
-    Ask,
+    SOURCES,
     Asked,
-    Party,
     Plan,
     Terms,
     alone,
     fetched,
-    party,
     prefilled,
     total_ms,
     undoubted,
     with_slo,
 )
+from vllm_llmd.router.placement.sides import MAY_BE_NEGATIVE, Ask, Party, party
 from vllm_llmd.router.placement.work import work_ms
 from vllm_llmd.router.policy import Choice
 from vllm_llmd.router.request import Facts
 
-compiled = compiled_with(__file__, pairs_cpu.__file__, plans.__file__, costs.__file__, misses.__file__)
+compiled = compiled_with(__file__, pairs_cpu.__file__, *SOURCES)
 
 PARTY_ROW: Final = np.dtype([(name, np.float64) for name in Party._fields])
 OWN, CACHED, HELD = (Party._fields.index(name) for name in ("own", "cached", "held"))

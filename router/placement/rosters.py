@@ -106,6 +106,7 @@ class Rosters:
         if self._version != version:
             self._made.clear()
             self._version = version
+            self._index.evictions.sized(sum(max(each.info.num_blocks, 0) for each in self._membership.all()))
         known = None if tried else self._made.get(wanted)
         if known is not None:
             self._made.move_to_end(wanted)

@@ -302,6 +302,7 @@ rows = st.builds(
         st.integers(0, 9),
         prefill_tokens=st.integers(0, 9999),
         free_blocks=st.integers(0, 1000),
+        step_ms=st.floats(0, 100),
     ),
     rates=rates,
     fingerprint=st.sampled_from("ffg"),
@@ -349,9 +350,15 @@ def one(at: Candidates, d: int, tokens: int) -> dict[str, float]:
     unanswered = at.loads.requests - at.loads.decoding
     crowd = sum(float(unanswered[place]) for place in computing) / max(len(computing), 1)
     decoding = load["decoding"] if d in at.roster.decoders else 0
+    queue = join + r.token_ms * load["tokens"] + r.waiting_ms * load["waiting"]
+    next_step = min(queue, join + load["step_ms"])
+    coming = int(at.coming[d]) * 16
+    coming_ms = coming * (r.token_ms + r.context_ms * (cached - coming / 2) / 1000)
     return {
         "join": join,
-        "queue": join + r.token_ms * load["tokens"] + r.waiting_ms * load["waiting"],
+        "queue": queue,
+        "next_step": next_step,
+        "ready": min(queue, next_step + coming_ms),
         "prefill": own * (r.token_ms + r.context_ms * (cached + own / 2) / 1000),
         "reload": float(at.offloaded_blocks[d]) * 16 * r.reload_token_ms,
         "stays": decode + output * r.step_running_ms * batch + (own + output) * pushed_out + full,
@@ -376,7 +383,8 @@ def pair_ms(
         prefilled = mine["stays"] + mine["join"] + transfer + supplies + theirs["supplies_memory"]
     held = min(rows[s].prefix - rows[s].offloaded, (tokens - 1) // 16) * 16
     if held - mine["cached"] >= 256 and not (helped and tokens - held >= 256):
-        arrives = theirs["queue"] + r.transfer_ms + (held - mine["cached"]) * r.transfer_token_ms
+        ordered = mine["next_step"] + theirs["ready"]
+        arrives = ordered + r.transfer_ms + (held - mine["cached"]) * r.transfer_token_ms
         rest = (tokens - held) * (r.token_ms + r.context_ms * (held + tokens) / 2000) * mine["stalls"]
         fetched = max(mine["queue"], arrives) + rest + mine["stays"] + mine["cold"]
     return prefilled, fetched

@@ -220,7 +220,7 @@ def test_how_long_answers_are_and_what_is_wanted_again_is_known_after_few_reques
     models, seen = Models(), Seen(0, 0, 0, 4000, 0)
     for _ in range(20):
         models.answered(decision(A, seen), Measured(9, 99, True, Usage(4000, 3600, 8)))
-    assert models.reuse == pytest.approx(0.9, abs=0.05)
+    assert models.hit_share == pytest.approx(0.9, abs=0.05)
     assert models.output_tokens < 40
 
 
@@ -228,7 +228,7 @@ def test_answers_that_are_no_streams_do_not_say_when_they_began() -> None:
     models = Models()
     models.answered(decision(A, Seen(0, 0, 0, 100, 0)), Measured(9000, 9000, False, Usage(100, 50, 500)))
     assert models.of(A).first_byte.measured == 0
-    assert models.output_tokens > 128 and models.reuse > 0.1
+    assert models.output_tokens > 128 and models.hit_share > 0.1
 
 
 some = st.floats(0, 1e5)
@@ -248,7 +248,7 @@ def test_whatever_is_measured_rates_are_positive_numbers_near_the_priors(
     for name in (*coefficients, "step_ms", "step_running_ms"):
         learned, prior = getattr(models.rates(A), name), getattr(PRIOR, name)
         assert prior / FACTOR * 0.999 <= learned <= prior * FACTOR * 1.001
-    assert 0 <= models.rates(B).cold_ms < math.inf and 0 < models.output_tokens <= 1e6 and 0 <= models.reuse <= 1
+    assert 0 <= models.rates(B).cold_ms < math.inf and 0 < models.output_tokens <= 1e6 and 0 <= models.hit_share <= 1
 
 
 @settings(max_examples=30)

@@ -14,7 +14,8 @@ from vllm_llmd.router.costs import CHUNK_TOKENS
 from vllm_llmd.router.members.membership import Engine, State, Stock
 from vllm_llmd.router.members.rates import PRIOR_ROW
 from vllm_llmd.router.placement import plans, plans_cpu
-from vllm_llmd.router.placement.plans import ALONE, FETCHED, MORE_IS_CHEAPER, PREFILLED, Asked, Plan
+from vllm_llmd.router.placement.plans import ALONE, FETCHED, PREFILLED, Asked, Plan
+from vllm_llmd.router.placement.sides import MORE_IS_CHEAPER, Party
 from vllm_llmd.router.policy import Choice
 from vllm_llmd.router.request import Facts
 from vllm_llmd.wire import EngineInfo
@@ -123,10 +124,10 @@ def plan_of(choice: Choice) -> Plan:
 def test_no_pair_is_cheaper_than_with_one_that_is_as_good_as_the_best_in_everything(fleet: Fleet) -> None:
     question = asked(replace(fleet, odd=0.0))
     parties = question.parties
-    imagined = plans.Party(
+    imagined = Party(
         *(column.max() if k in MORE_IS_CHEAPER else column.min() for k, column in enumerate(parties)),
     )
-    at, source = plans.Party(*parties), plans.Party(*(column[:, None] for column in parties))
+    at, source = Party(*parties), Party(*(column[:, None] for column in parties))
     for kind in PREFILLED, FETCHED:
         prices = plans.pair_ms(kind, question.ask, at, source)
         slack = 1e-9 * np.abs(prices)
@@ -160,11 +161,11 @@ def test_nobody_computes_alone_what_is_sooner_there_if_it_is_fetched(fleet: Flee
     if choice is None or choice.source is not None:
         return
     ask, parties, place = plans.undoubted(question.ask), question.parties, choice.destination
-    at = plans.Party(*(column[[place]] for column in parties))
+    at = Party(*(column[[place]] for column in parties))
     alone_ms = plans.total_ms(ask, plans.alone(ask, at)) + at.more_ms + at.chance_ms
     others = [each.everyone for each in question.candidates.roster.remotes if place in each.decoders]
     for sources in ([other for other in each if other != place] for each in others):
-        source = plans.Party(*(column[sources] for column in parties))
+        source = Party(*(column[sources] for column in parties))
         fetched_ms = plans.pair_ms(FETCHED, ask, at, source)[~plans.barred(FETCHED, ask, at, source)]
         assert (fetched_ms >= alone_ms - 1e-9 * np.abs(alone_ms)).all()
 
@@ -177,7 +178,7 @@ def test_the_terms_of_what_is_found_are_those_of_the_plain_formulas(fleet: Fleet
     if choice is None:
         return
     parties, plan = question.parties, plan_of(choice)
-    at, source = (plans.Party(*(column[[place]] for column in parties)) for place in (plan.destination, plan.source))
+    at, source = (Party(*(column[[place]] for column in parties)) for place in (plan.destination, plan.source))
     plain = (
         plans.alone(question.ask, at),
         plans.prefilled(question.ask, at, source),

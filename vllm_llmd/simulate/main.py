@@ -16,6 +16,7 @@ from vllm_llmd.errors import ConfigError
 from vllm_llmd.kernels import hash_chain_cpu, prefix_table_cpu
 from vllm_llmd.program import write_file
 from vllm_llmd.router import policies
+from vllm_llmd.router.index import evictions
 from vllm_llmd.router.placement import plans_cpu
 from vllm_llmd.router.policy import Policy, PolicySettings
 from vllm_llmd.router.settings import RouterSettings
@@ -60,6 +61,7 @@ def compile_ahead() -> None:
     """So that the first run takes no longer than the others."""
     hash_chain_cpu.compile_ahead()
     prefix_table_cpu.compile_ahead()
+    evictions.compile_ahead()
     plans_cpu.compile_ahead()
 
 
