@@ -96,13 +96,13 @@ def bursts(seed: int, scale: float) -> Workload:
     """Every 5 units, 16 requests within a quarter of a unit about the same one of 12 texts of 2,000 tokens.
 
     The second most wanted of these is half as frequent as the first, and so on (Zipf). So agents fan out, and so
-    crowds come.
+    crowds come. There are 12 bursts: in the first ones most texts are new to every engine.
     """
     rng = random.Random(f"bursts {seed}")
     systems = _texts(rng, SYSTEMS, SYSTEM_TOKENS)
     weights = [1 / rank for rank in range(1, SYSTEMS + 1)]
     conversations = []
-    for burst in range(max(round(6 * scale), 1)):
+    for burst in range(max(round(12 * scale), 1)):
         system = rng.choices(systems, weights)[0]
         for at in sorted(burst * 5.0 + rng.uniform(0.0, 0.25) for _ in range(16)):
             conversations.append(Conversation(system, (Turn(text(rng, rng.randint(100, 300)), 16),), at))
