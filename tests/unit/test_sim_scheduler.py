@@ -105,6 +105,19 @@ def test_a_prefix_that_is_cached_is_not_computed_again() -> None:
     assert (at.model.counts.queried, at.model.counts.hit) == (46, 12)
 
 
+def test_blocks_that_a_step_computes_for_another_are_found_but_not_there_before_it_ends() -> None:
+    at = bench()
+    first, second = ask("a", 20, names=range(1, 6)), ask("b", 20, names=[1, 2, 3, 4, 9])
+    at.submit(first, second)
+    at.model.step(0.0)
+    assert (second.cached_tokens, at.model.there(second)) == (16, 0)
+    at.run()
+    third = ask("c", 20, names=[1, 2, 3, 8, 9])
+    at.submit(third)
+    at.model.step(at.now_ms)
+    assert (third.cached_tokens, at.model.there(third)) == (12, 12)
+
+
 def test_the_last_token_of_a_prompt_is_computed_even_if_all_is_cached() -> None:
     at = bench()
     again = ask("b", 8, names=[1, 2])

@@ -5,7 +5,7 @@ import asyncio
 import itertools
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -251,6 +251,32 @@ class Noting:
     def choose(self, facts: Facts, candidates: Candidates) -> Choice | None:
         self.asked.append(facts)
         return None
+
+
+class ByLength:
+    """Chooses by how many tokens a prompt has."""
+
+    def __init__(self, choices: Mapping[int, Choice]) -> None:
+        self._choices = choices
+
+    def choose(self, facts: Facts, candidates: Candidates) -> Choice | None:
+        return self._choices[facts.prompt_tokens]
+
+
+@pytest.mark.parametrize("until", [1536, 1600])
+def test_what_a_source_has_cached_travels_while_its_step_computes_for_others(until: int) -> None:
+    """If it has all of it: else it comes with the end of the step, which computes the rest."""
+    policy = ByLength({1536: Choice(0), 3072: Choice(0), 1700: Choice(1, 0, until)})
+    events = Events()
+    routing = Routing(RouterSettings(), events, policy)
+    members = [Member(EngineId(each), "both", SMALL.limits(), SMALL.speeds()) for each in "ab"]
+    cached = TraceRequest(0.0, 1536, 1, [1, 2, 3])
+    long = TraceRequest(2000.0, 3072, 1, [5, 6, 7, 8, 9, 10])
+    fetches = TraceRequest(2001.0, 1700, 1, [1, 2, 3, 4])
+    played = Simulation(members, routing, events, 500.0).run([cached, long, fetches])
+    first_ms = [outcome.first_ms or 0.0 for outcome in played.outcomes]
+    assert sum(engine.orders for engine in played.engines) == 1
+    assert (first_ms[2] < first_ms[1]) == (until == 1536)
 
 
 def test_a_policy_is_told_what_is_left_of_the_time_until_the_first_token() -> None:

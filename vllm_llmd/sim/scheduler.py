@@ -177,7 +177,9 @@ class Scheduler:
         partial = [request for request in self.running if request.computed < request.total - 1]
         seats = self.limits.max_sequences - len(self.running)
         first = heapq.nsmallest(LOOKED_AT, self._waiting) if partial and seats > 0 else []
-        could_begin = [each for _, each in first if not each.gone and not self._is_on_its_way(each)]
+        could_begin = [each for _, each in first if not each.gone]
+        if self.parked:
+            could_begin = [each for each in could_begin if not self._is_on_its_way(each, self._cached(each))]
         self._turns.begin(partial, could_begin, self.pool.free)
 
     def _drop_gone(self) -> None:
@@ -229,13 +231,15 @@ class Scheduler:
         passed_over = []
         while self._waiting and budget > 0 and len(self.running) < self.limits.max_sequences:
             request = self._waiting[0][-1]
-            if not request.gone and (self._turns.passes_over(request) or self._is_on_its_way(request)):
-                passed_over.append(self._waiting[0])
-            elif not request.gone:
-                tokens = self._admit(request, budget, now_ms, report)
-                if tokens is None:
-                    break
-                budget -= tokens
+            if not request.gone:
+                hits = self._cached(request)
+                if self._turns.passes_over(request) or self._is_on_its_way(request, hits):
+                    passed_over.append(self._waiting[0])
+                else:
+                    tokens = self._admit(request, hits, budget, now_ms, report)
+                    if tokens is None:
+                        break
+                    budget -= tokens
             heapq.heappop(self._waiting)
             if len(passed_over) == PASSED_OVER:
                 break
@@ -243,11 +247,15 @@ class Scheduler:
             heapq.heappush(self._waiting, entry)
         return budget
 
-    def _admit(self, request: SimRequest, budget: int, now_ms: float, report: Report) -> int | None:
+    def _cached(self, request: SimRequest) -> list[BlockId]:
+        """What it would find of its tokens but the last; nothing if it has blocks already."""
+        return [] if request.blocks else self.pool.cached(request.names, (request.total - 1) // self.limits.block_size)
+
+    def _admit(
+        self, request: SimRequest, hits: list[BlockId], budget: int, now_ms: float, report: Report
+    ) -> int | None:
         """The tokens given to a waiting request: 0 if it goes to wait for KV, None if there are no blocks for it."""
-        size = self.limits.block_size
-        hits = [] if request.blocks else self.pool.cached(request.names, (request.total - 1) // size)
-        computed = request.computed or len(hits) * size
+        computed = request.computed or len(hits) * self.limits.block_size
         reload_end = self._reload_end(request, computed)
         loads = reload_end is not None or self._supplies.wants(request, computed)
         tokens = 0 if loads else min(request.total - computed, budget)
@@ -268,13 +276,11 @@ class Scheduler:
             report.wanted.append(request)
         return 0
 
-    def _is_on_its_way(self, request: SimRequest) -> bool:
-        """Whether it waits for what is being sent here for another one."""
+    def _is_on_its_way(self, request: SimRequest, hits: list[BlockId]) -> bool:
+        """Whether it waits for what is being sent here for another one, after what it finds."""
         if not self.parked or request.blocks:
             return False
-        size = self.limits.block_size
-        cached = self.pool.cached(request.names, (request.total - 1) // size)
-        return self._supplies.come_for_another(request, len(cached) * size)
+        return self._supplies.come_for_another(request, len(hits) * self.limits.block_size)
 
     def _reload_end(self, request: SimRequest, computed: int) -> int | None:
         """Up to which token the offload tier has what follows the first `computed` ones."""
