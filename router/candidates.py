@@ -251,7 +251,7 @@ class Candidates:
     `coming_blocks` are being computed for others, and there by the end of the queue; None if there are none. They come
     of what is `under_way`.
     `prefix_blocks` are as many as are to be counted on, `claimed_blocks` what the index says. Of answers,
-    `output_tokens` are expected; `reuse` is the share of cached blocks that are wanted again. Predictions are off by
+    `output_tokens` are expected; `reuse` is the share of evicted blocks that are wanted again. Predictions are off by
     the factor `doubt` until the first byte, by `step_doubt` for each token after it.
     """
 

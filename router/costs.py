@@ -33,17 +33,16 @@ def join_ms(loads: Loads, rates: RateColumns) -> Milliseconds:
 
 
 @usable_in_kernels
-def next_step_ms(loads: Loads, rates: RateColumns) -> Milliseconds:
-    """Until the engine's next step, which takes in whoever computes next to nothing: in no case the whole queue."""
-    found: Milliseconds = np.minimum(queue_ms(loads, rates), join_ms(loads, rates) + loads.step_ms)
+def next_step_ms(queue: Milliseconds, join: Milliseconds, loads: Loads) -> Milliseconds:
+    """Until the engine's next step, which takes in whoever computes next to nothing: at most the whole queue."""
+    found: Milliseconds = np.minimum(queue, join + loads.step_ms)
     return found
 
 
 @usable_in_kernels
-def ready_ms(coming_tokens: Column, cached_tokens: Column, loads: Loads, rates: RateColumns) -> Milliseconds:
+def ready_ms(queue: Milliseconds, next_step: Milliseconds, coming_prefill: Milliseconds) -> Milliseconds:
     """Until an engine can give away what it holds: with its next step, but for what it is computing for others."""
-    coming_ms = prefill_ms(coming_tokens, cached_tokens, rates.token_ms, rates.context_ms)
-    found: Milliseconds = np.minimum(queue_ms(loads, rates), next_step_ms(loads, rates) + coming_ms)
+    found: Milliseconds = np.minimum(queue, next_step + coming_prefill)
     return found
 
 
@@ -107,8 +106,8 @@ def decode_interference_ms(output_tokens: float, loads: Loads, rates: RateColumn
 def memory_ms(new_tokens: Column, reuse: float, rates: RateColumns) -> Milliseconds:
     """Blocks that the request pushes out of a cache, at what it costs to compute those that are wanted again.
 
-    `reuse` is the share of cached blocks that are. To compute those anew pushes others out, and so on. A cache that has
-    room is full sooner or later, so new blocks cost the same there: what somebody else holds is best not held twice.
+    `reuse` is the share of evicted blocks that are. To compute those anew pushes others out, and so on. A cache that
+    has room is full sooner or later, so new blocks cost the same there: what others hold is best not held twice.
     """
     pushed_out = reuse / (1.0 - min(reuse, MOST_REUSE))
     found: Milliseconds = new_tokens * pushed_out * rates.token_ms

@@ -16,7 +16,7 @@ from vllm_llmd.kernels.prefix_table import BANK_ENGINES
 compiled = compiled_with(__file__)
 
 SLOTS: Final = 1 << 16
-"""Names that are kept at most: half a megabyte, in which shares are known within a percent."""
+"""Names that are kept at most, in half a megabyte. Of two with the same slot the later one stays, so old ones fade."""
 
 NO_NAME: Final = np.uint64(0)
 SLOT_SHIFT: Final = np.uint64(24)

@@ -136,7 +136,7 @@ class EngineModel:
 
 
 class Models:
-    """Every engine's, and what they have in common: transfers, the length of answers, how much is wanted again."""
+    """Every engine's, and what they have in common: transfers, the length of answers, how much is found cached."""
 
     def __init__(self) -> None:
         self._fleet: dict[What, LeastSquares] = {what: LeastSquares(priors) for what, priors in PRIORS.items()}

@@ -86,8 +86,11 @@ def party(
     cached = np.minimum(prefix_blocks * sizes, ask.prompt - 1)
     own = ask.prompt - cached
     fetchable = prefix_blocks - offloaded_blocks - coming_blocks * (offloaded_blocks > 0)  # up to the first that is not
-    coming = coming_blocks * sizes
     held = np.minimum(fetchable, np.floor((ask.prompt - 1) / sizes)) * sizes
+    coming = coming_blocks * sizes
+    coming_ms = costs.prefill_ms(coming, np.maximum(held - coming, 0.0), rates.token_ms, rates.context_ms)
+    queue_ms, join_ms = costs.queue_ms(loads, rates), costs.join_ms(loads, rates)
+    next_ms = costs.next_step_ms(queue_ms, join_ms, loads)
     new_tokens = own + ask.output
     decode_ms = costs.decode_ms(ask.output, loads, rates)
     decoding, ahead = loads.decoding * roster.decodes, np.maximum(loads.requests - loads.decoding, 0.0)
@@ -99,10 +102,10 @@ def party(
         spared=roster.helped * (own >= ask.least),
         decoding=decoding,
         ahead=ahead,
-        queue_ms=costs.queue_ms(loads, rates),
-        join_ms=costs.join_ms(loads, rates),
-        next_ms=costs.next_step_ms(loads, rates),
-        ready_ms=costs.ready_ms(coming, np.maximum(held - coming, 0.0), loads, rates),
+        queue_ms=queue_ms,
+        join_ms=join_ms,
+        next_ms=next_ms,
+        ready_ms=costs.ready_ms(queue_ms, next_ms, coming_ms),
         prefill_ms=costs.prefill_ms(own, cached, rates.token_ms, rates.context_ms),
         reload_ms=costs.reload_ms(offloaded_blocks * sizes, rates),
         cold_ms=rates.cold_ms,

@@ -16,6 +16,7 @@ from vllm_llmd.router.candidates import Candidates, Loads, RateColumns, Roster
 from vllm_llmd.router.decide import Decision, decide
 from vllm_llmd.router.members.membership import Engine, State, Stock
 from vllm_llmd.router.members.rates import PRIOR, Rates, packed
+from vllm_llmd.router.placement.plans import Asked
 from vllm_llmd.router.policies.cost import Cost
 from vllm_llmd.router.policy import PolicySettings
 from vllm_llmd.router.request import Facts
@@ -264,6 +265,17 @@ def test_what_comes_after_offloaded_blocks_is_not_fetched() -> None:
     assert decision is not None and pair(decision) == ("idle", "computes", 40 * 16)
 
 
+def test_what_is_being_computed_can_be_given_when_it_is_done_and_not_after_all_of_the_queue() -> None:
+    computes = Row("computes", prefix=100, load=busy(2, prefill_tokens=9000, step_ms=20.0))
+    at = replace(columns([computes, Row("idle")]), coming_blocks=np.array([60, 0]))
+    found = Asked(facts(4000), at, {}, np.zeros(2), 256).parties
+    computing_ms = 960 * (PRIOR.token_ms + PRIOR.context_ms * (640 + 960 / 2) / 1000)
+    assert found.next_ms[0] == pytest.approx(found.join_ms[0] + 20)
+    assert found.ready_ms[0] == pytest.approx(found.next_ms[0] + computing_ms)
+    assert found.ready_ms[0] < found.queue_ms[0]
+    assert found.next_ms[1] == found.ready_ms[1] == found.queue_ms[1]
+
+
 def test_nothing_is_fetched_if_computing_it_is_faster() -> None:
     holder = Row("holder", prefix=200, load=busy(200))
     slow_wire = Row("idle", rates=replace(PRIOR, transfer_token_ms=1.0))
@@ -352,13 +364,10 @@ def one(at: Candidates, d: int, tokens: int) -> dict[str, float]:
     decoding = load["decoding"] if d in at.roster.decoders else 0
     queue = join + r.token_ms * load["tokens"] + r.waiting_ms * load["waiting"]
     next_step = min(queue, join + load["step_ms"])
-    coming = int(at.coming[d]) * 16
-    coming_ms = coming * (r.token_ms + r.context_ms * (cached - coming / 2) / 1000)
     return {
         "join": join,
         "queue": queue,
         "next_step": next_step,
-        "ready": min(queue, next_step + coming_ms),
         "prefill": own * (r.token_ms + r.context_ms * (cached + own / 2) / 1000),
         "reload": float(at.offloaded_blocks[d]) * 16 * r.reload_token_ms,
         "stays": decode + output * r.step_running_ms * batch + (own + output) * pushed_out + full,
@@ -383,7 +392,7 @@ def pair_ms(
         prefilled = mine["stays"] + mine["join"] + transfer + supplies + theirs["supplies_memory"]
     held = min(rows[s].prefix - rows[s].offloaded, (tokens - 1) // 16) * 16
     if held - mine["cached"] >= 256 and not (helped and tokens - held >= 256):
-        ordered = mine["next_step"] + theirs["ready"]
+        ordered = mine["next_step"] + theirs["next_step"]
         arrives = ordered + r.transfer_ms + (held - mine["cached"]) * r.transfer_token_ms
         rest = (tokens - held) * (r.token_ms + r.context_ms * (held + tokens) / 2000) * mine["stalls"]
         fetched = max(mine["queue"], arrives) + rest + mine["stays"] + mine["cold"]

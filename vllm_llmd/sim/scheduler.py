@@ -232,8 +232,8 @@ class Scheduler:
         while self._waiting and budget > 0 and len(self.running) < self.limits.max_sequences:
             request = self._waiting[0][-1]
             if not request.gone:
-                hits = self._cached(request)
-                if self._turns.passes_over(request) or self._is_on_its_way(request, hits):
+                hits = None if self._turns.passes_over(request) else self._cached(request)
+                if hits is None or self._is_on_its_way(request, hits):
                     passed_over.append(self._waiting[0])
                 else:
                     tokens = self._admit(request, hits, budget, now_ms, report)
